@@ -1,0 +1,51 @@
+# `make train` and `make test` each set up what they need on a fresh machine with Python 3.11+.
+# To use an environment of your own, see the plain pip commands in README.md.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+ARGS   ?=
+
+.PHONY: help setup train test notebooks pytest export readme lab docs benchmarks clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## Make .venv and install the package with its extras (quick the second time)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"diffusion_model needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}. Name another: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb]'
+	@touch $@
+
+train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
+	$(BIN)/diffusion-train --config quickstart --resume $(ARGS)
+
+test: notebooks pytest  ## Run every notebook, every test and the guard
+
+# Each notebook in a process of its own, so that none can lean on what another left behind.
+notebooks: $(READY)  ## Run every notebook as a test
+	@find nbs -name '*.ipynb' -not -path '*/.*' | sort | \
+	  OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} sh -c \
+	  '$(BIN)/nbdev-test {} --n-workers 0 >{}.log 2>&1; code=$$?; \
+	   if [ $$code = 0 ]; then echo "passed {}"; else echo "FAILED {}"; cat {}.log; fi; rm -f {}.log; exit $$code'
+
+pytest: $(READY)  ## Run the tests and the guard (exports equal notebooks, clean, within size)
+	$(BIN)/python -m pytest
+
+export: $(READY)  ## Write the package and README.md from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tests/readme.py
+
+lab: $(READY)  ## Open the notebooks in Jupyter
+	$(BIN)/jupyter lab nbs
+
+docs: $(READY)  ## Build the documentation site (needs Quarto)
+	$(BIN)/nbdev-docs
+
+clean:  ## Remove what builds and tests leave behind (not .venv, not your runs)
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis
