@@ -17,7 +17,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 
 
 def setup_plots() -> None:
-    "One quiet style for all lessons: small PNGs, a light grid, colours that the colour-blind can tell."
+    "One quiet style for all lessons: small PNGs, a light grid, colours for every eye."
     import matplotlib as mpl
     from cycler import cycler
     mpl.rcParams.update({
@@ -99,10 +99,10 @@ def show_strip(
     return fig
 
 # %% ../nbs/plotting.ipynb #43c583af
-def save_grid(x, path, ncol: int = None, scale: int = 1) -> Path:
+def save_grid(x, path, ncol: int = None, scale: int = 1, pad: int = 2) -> Path:
     "Write a batch of images as one PNG grid, each pixel `scale` pixels wide."
     from PIL import Image
-    grid = image_grid(x, ncol)
+    grid = image_grid(x, ncol, pad)
     Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(path)
     return Path(path)
 
