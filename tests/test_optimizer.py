@@ -1,0 +1,138 @@
+"Optimizers, parameter groups and learning rates: edges and errors."
+import copy, math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_model.config import TrainingConfig, load_config
+from diffusion_model.optimizer import (LR_SCHEDULES, OPTIMIZERS, create_optimizer, learning_rate,
+                                       parameter_groups, restore_optimizer, set_learning_rate)
+from diffusion_model.unet import create_unet
+
+
+def training(**fields):
+    base = dict(max_steps=100, learning_rate=1., warmup_steps=0, lr_schedule="constant",
+                optimizer="adamw", weight_decay=0.1)
+    return TrainingConfig(**{**base, **fields})
+
+
+class Everything(nn.Module):
+    "One of each kind of parameter, one of them shared by two modules."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.gn, self.ln = nn.GroupNorm(2, 4), nn.LayerNorm([4, 2])
+        self.emb, self.out = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.out.weight = self.emb.weight                # tied
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_every_parameter_exactly_once_and_where_it_belongs():
+    network = Everything()
+    names = {id(p): n for n, p in network.named_parameters()}
+    decayed, spared = parameter_groups(network, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.)
+    found = [names[id(p)] for g in (decayed, spared) for p in g["params"]]
+    assert sorted(found) == sorted(names.values())
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "frozen", "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+
+
+def test_the_unet_of_the_default_config():
+    network = create_unet(load_config("default", {
+        "model.base_channels": 32, "model.num_classes": 10, "model.channel_multipliers": "1,2"}))
+    names = {id(p): n for n, p in network.named_parameters()}
+    decayed, spared = ([names[id(p)] for p in g["params"]] for g in parameter_groups(network, 1.))
+    assert len(decayed) + len(spared) == len(names)
+    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
+    assert all(n.endswith("bias") or "norm" in n or "emb" in n or "label" in n for n in spared)
+
+
+def test_a_network_without_kernels_gives_one_group():
+    assert [g["weight_decay"] for g in parameter_groups(nn.LayerNorm(4), 0.1)] == [0.]
+
+
+def test_a_network_without_parameters_is_an_error():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        create_optimizer(training(), nn.ReLU())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_created_optimizers(name):
+    network = nn.Linear(3, 2)
+    run = training(optimizer=name, beta1=0.8, beta2=0.95, warmup_steps=10)
+    optimizer = create_optimizer(run, network)
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.1                                # the first of ten warm-up steps
+    if name == "sgd": assert group["momentum"] == 0.8
+    else: assert tuple(group["betas"]) == (0.8, 0.95)
+    reference = copy.deepcopy(network)
+    plain = OPTIMIZERS[name][0](parameter_groups(reference, 0.1), lr=0.1, foreach=False,
+                                **OPTIMIZERS[name][1](run))
+    for step in range(5):
+        for net, opt in ((network, optimizer), (reference, plain)):
+            torch.manual_seed(step)
+            opt.zero_grad()
+            net(torch.randn(4, 3)).square().sum().backward()
+            opt.step()
+    for a, b in zip(network.parameters(), reference.parameters()): torch.testing.assert_close(a, b)
+
+
+def test_unknown_names_are_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match="'lion'; allowed: adamw, adam, sgd"):
+        create_optimizer(training().model_copy(update={"optimizer": "lion"}), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="'exp'; allowed: constant, cosine, step"):
+        learning_rate(0, training().model_copy(update={"lr_schedule": "exp"}))
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 20, 200])
+@pytest.mark.parametrize("warmup", [0, 1, 19, 20, 21, 5000])
+def test_a_rate_is_positive_bounded_and_reaches_the_peak(name, max_steps, warmup):
+    run = training(lr_schedule=name, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=0.1)
+    rates = [learning_rate(s, run) for s in range(max_steps)]
+    assert all(0 < r <= 1 and math.isfinite(r) for r in rates)
+    assert max(rates) == 1.
+
+
+def test_landmarks():
+    run = training(warmup_steps=10, lr_schedule="cosine", min_lr_ratio=0.2)
+    assert [learning_rate(s, run) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1., 1.]
+    assert learning_rate(55, run) == pytest.approx(0.6)           # half-way between 1 and 0.2
+    assert learning_rate(100, run) == learning_rate(10**9, run) == pytest.approx(0.2)
+    steps = training(lr_schedule="step", lr_step_size=30, lr_gamma=0.5)
+    assert [learning_rate(s, steps) for s in (0, 29, 30, 60, 99)] == [1, 1, 0.5, 0.25, 0.125]
+
+
+def test_set_learning_rate_reaches_all_groups_and_tensors():
+    optimizer = create_optimizer(training(), nn.Linear(2, 2))
+    optimizer.param_groups[1]["lr"] = torch.tensor(1.)
+    set_learning_rate(optimizer, 0.25)
+    assert [float(g["lr"]) for g in optimizer.param_groups] == [0.25, 0.25]
+    assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor)
+
+
+def test_restoring_keeps_this_runs_settings():
+    network = nn.Linear(3, 2)
+    optimizer = create_optimizer(training(), network)
+    network(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["fused"] = None                     # as saved on another device
+    new = create_optimizer(training(learning_rate=0.5, weight_decay=0.3, beta1=0.5), network)
+    restore_optimizer(new, state)
+    assert [g["weight_decay"] for g in new.param_groups] == [0.3, 0.]
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["betas"]) == (0.5, (0.5, 0.999))
+    assert new.param_groups[0]["fused"] is True
+    for p in network.parameters():
+        assert torch.equal(new.state[p]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
+
+
+def test_restoring_another_networks_state_is_refused():
+    state = create_optimizer(training(), nn.Linear(3, 2)).state_dict()
+    other = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"\[1, 1\].*\[2, 2\]"):
+        restore_optimizer(create_optimizer(training(), other), state)
