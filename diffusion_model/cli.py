@@ -8,6 +8,7 @@ __all__ = ['train_parser', 'train', 'train_command', 'sample_parser', 'parse_lab
 # %% ../nbs/17_cli.ipynb #68154043
 import argparse
 import difflib
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -22,14 +23,15 @@ def _guarded(
 ) -> int:              # exit code: 0 well, 2 refused, 1 failed on the way
     "Run a command; turn errors into lines on standard error."
     debug = "--debug" in argv
-    warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+    complain = lambda kind, line: print(f"{parser.prog}: {kind}: {line}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: complain("warning", message)
     try: return work(*parser.parse_known_args([a for a in argv if a != "--debug"])) or 0
     except (ValueError, FileNotFoundError) as error: code, problem = 2, error
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
     if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
-    for line in str(problem).splitlines(): print(f"{parser.prog}: error: {line}", file=sys.stderr)
+    for line in str(problem).splitlines(): complain("error", line)
     return code
 
 # %% ../nbs/17_cli.ipynb #6054c113
@@ -44,11 +46,13 @@ def train_parser() -> argparse.ArgumentParser:
                "\n\nexamples:\n  diffusion-train --config quickstart\n"
                "  diffusion-train --config fashion_mnist --data.root ~/data --max_steps 2000\n"
                "  diffusion-train --resume outputs/quickstart --max_steps 3000")
-    parser.add_argument("--config", metavar="NAME", help=f"a shipped config ({', '.join(list_configs())}) "
-                        "or the path of a YAML file; default: default, or the resumed run's own")
-    parser.add_argument("--resume", metavar="PATH", nargs="?", const=True,
-                        help="go on from the newest checkpoint of PATH, a run or one of its checkpoints; "
-                        "without PATH: of the config's own output_dir, if it holds a run")
+    parser.add_argument(
+        "--config", metavar="NAME", help=f"a shipped config ({', '.join(list_configs())}) or "
+        "the path of a YAML file; default: default, or the resumed run's own")
+    parser.add_argument(
+        "--resume", metavar="PATH", nargs="?", const=True,
+        help="go on from the newest checkpoint of PATH, a run or one of its checkpoints; without "
+        "PATH: of the config's own output_dir, if it holds a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -71,6 +75,11 @@ def _train_config(args, overrides):
     cfg = load_config(name, overrides)
     run = Path(cfg.logging.output_dir)
     holds_run = any((run/"checkpoints").glob("step_*"))
+    steps = [p.name for p in run.glob("checkpoints/step_????????")]
+    own_step = path and path.name in steps and _run_of(path).resolve() == run.resolve()
+    if own_step and path.name != max(steps): raise ConfigError([
+        f"--resume: '{path}' is not the newest checkpoint of its run, {max(steps)} is; to go on "
+        "from the older one, choose another place by --output_dir"])
     if holds_run and not args.resume: raise ConfigError([
         f"logging.output_dir: '{run}' already holds a run; go on with it by --resume, or choose "
         "another place by --output_dir"])
@@ -80,14 +89,15 @@ def _train_config(args, overrides):
 def train(args, overrides) -> int:
     "Train, as the command line says."
     cfg, path = _train_config(args, overrides)
-    from diffusion_model.training import Trainer  # torch is imported only once the config is known to be right
+    from diffusion_model.training import Trainer  # torch comes only once the config is right
     trainer = Trainer(cfg)
     if path:
-        for field, (then, now) in trainer.resume(path).items(): print(f"{field}: {then!r} -> {now!r}")
+        for field, (then, now) in trainer.resume(path).items():
+            print(f"{field}: {then!r} -> {now!r}")
         print(f"resumed at step {trainer.step}")
     size = sum(p.numel() for p in trainer.network.parameters())
-    print(f"{size:,} parameters on {trainer.device}; {len(trainer.datasets.train):,} images to train on; "
-          f"run directory {trainer.run_dir}")
+    print(f"{size:,} parameters on {trainer.device}; {len(trainer.datasets.train):,} training "
+          f"images; run directory {trainer.run_dir}")
     if trainer.step >= cfg.training.max_steps:
         print(f"already trained for {trainer.step} steps; --max_steps takes it further")
     else: trainer.fit()
@@ -95,7 +105,8 @@ def train(args, overrides) -> int:
         print(f"stopped at step {trainer.step}, and saved; go on with: "
               f"diffusion-train --resume {trainer.run_dir}")
         return 128 + trainer.stopped_by
-    print(f"samples: {trainer.run_dir}/samples; more: diffusion-sample --checkpoint {trainer.run_dir}")
+    print(f"samples: {trainer.run_dir}/samples; "
+          f"more: diffusion-sample --checkpoint {trainer.run_dir}")
     return 0
 
 
@@ -110,21 +121,25 @@ def sample_parser() -> argparse.ArgumentParser:
         prog="diffusion-sample", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw images from a trained model: PNG files and a grid.",
-        epilog="Everything else comes from the checkpoint's own config; other fields of its sampling\n"
-               "section can be given too: --eta 0.5, --spacing leading, --no-clip_x0, ...\n\nexamples:\n"
+        epilog="Everything else comes from the checkpoint's own config; other fields of its\n"
+               "sampling section can be given too: --eta 0.5, --no-clip_x0, ...\n"
+               "\nexamples:\n"
                "  diffusion-sample --checkpoint outputs/quickstart --labels star,heart\n"
-               "  diffusion-sample --checkpoint outputs/quickstart --solver ddpm --steps 100 --seed 7")
+               "  diffusion-sample --checkpoint outputs/quickstart --solver ddpm --steps 100")
     add = parser.add_argument
-    add("--checkpoint", metavar="PATH", required=True, help="a run directory (its newest checkpoint), or a checkpoint")
+    add("--checkpoint", metavar="PATH", required=True,
+        help="a run directory (its newest checkpoint), or a checkpoint")
     add("--num_samples", "--num-samples", metavar="N", help="how many images")
     add("--steps", metavar="N", help="calls of the network for an image")
     add("--solver", metavar="NAME", help="ddim, ddpm, ddpm_beta or euler")
-    add("--labels", metavar="A,B", help="class names or numbers, repeated as needed; none: without label; "
-        "default: all classes in turn")
-    add("--guidance_scale", "--guidance-scale", metavar="G", help="1: off; more: clearer and less varied")
-    add("--seed", metavar="N", type=int, default=0, help="sample i depends on the seed and i alone; default 0")
-    add("--output_dir", "--output-dir", metavar="DIR", help="where to write; files of the same name are replaced; "
-        "default: in the run's samples/")
+    add("--labels", metavar="A,B", help="class names or numbers, repeated as needed; "
+        "none: without label; default: all classes in turn")
+    add("--guidance_scale", "--guidance-scale", metavar="G",
+        help="1: off; more: clearer and less varied")
+    add("--seed", metavar="N", type=int, default=0,
+        help="sample i depends on the seed and i alone; default 0")
+    add("--output_dir", "--output-dir", metavar="DIR",
+        help="where to write; files of the same name are replaced; default: in the run's samples/")
     add("--film", action="store_true", help="also write the way from noise, as film.gif")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -149,8 +164,9 @@ def parse_labels(
         elif word.isdigit() and int(word) < num_classes: labels.append(int(word))
         else:
             near = difflib.get_close_matches(word, names, n=1)
-            raise ValueError(f"--labels: found '{word}'; " + (f"did you mean {near[0]}? " if near else "")
-                             + f"known are {', '.join(names) or 'numbers'}, or 0 to {num_classes - 1}, or none")
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"--labels: found '{word}'; {guess}known are {', '.join(names)}, "
+                             f"0 to {num_classes - 1}, and none")
     return [labels[i % len(labels)] for i in range(n)]
 
 # %% ../nbs/17_cli.ipynb #9a2c8d05
@@ -180,13 +196,15 @@ def draw_samples(args, overrides) -> int:
     "Sample, as the command line says."
     path = Path(args.checkpoint)
     if not path.exists(): raise FileNotFoundError(
-        f"--checkpoint: no such checkpoint or run: '{path}'; name a run directory, as outputs/quickstart")
-    from diffusion_model.checkpoint import find_checkpoint, load_checkpoint, load_network
-    folder = find_checkpoint(path, contents=False)
+        f"--checkpoint: no such checkpoint or run: '{path}'; name a run directory, for example "
+        "outputs/quickstart")
+    from diffusion_model.checkpoint import load_checkpoint, load_network
+    checkpoint = load_checkpoint(path)
+    folder = checkpoint.path
     given = {k: v for k in ("num_samples", "steps", "solver", "guidance_scale")
              if (v := getattr(args, k)) is not None}
-    cfg = load_config(folder/"config.yaml", [f"--sampling.{k}={v}" for k, v in given.items()] + overrides)
-    checkpoint = load_checkpoint(folder)
+    overrides = [f"--sampling.{k}={v}" for k, v in given.items()] + overrides
+    cfg = load_config(folder/"config.yaml", overrides)
     s = cfg.sampling
     labels = parse_labels(args.labels, checkpoint.classes, cfg.model.num_classes, s.num_samples)
     from diffusion_model.plotting import save_film, save_grid
@@ -198,8 +216,9 @@ def draw_samples(args, overrides) -> int:
     out.mkdir(parents=True, exist_ok=True)
     images, film = _draw(cfg, network, labels, args.seed, device, args.film)
     for i, image in enumerate(images):
-        name = f"_{checkpoint.classes[labels[i]]}" if labels and checkpoint.classes and labels[i] >= 0 else ""
-        save_grid(image, out/f"{i:05d}{name.replace('/', '-').replace(' ', '-')}.png", pad=0)
+        named = labels and checkpoint.classes and labels[i] >= 0
+        name = "_" + re.sub(r"\W+", "-", checkpoint.classes[labels[i]]) if named else ""
+        save_grid(image, out/f"{i:05d}{name}.png", pad=0)
     save_grid(images, out/"grid.png")
     if film: save_film(film, out/"film.gif", scale=3)
     print(f"{len(images)} images and grid.png in {out}")

@@ -79,8 +79,8 @@ class DiffusionConfig(_Section):
     schedule: Literal["linear", "scaled_linear", "cosine", "flow"] = Field(
         "linear", description="how the noise grows with time")
     timesteps: int = Field(1000, ge=1, description="T of a discrete schedule (flow has none)")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="first β of (scaled_)linear, at T 1000")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="last β of (scaled_)linear, at T 1000")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first β of linear ones, at T 1000")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="last β of linear ones, at T 1000")
     prediction: Literal["eps", "x0", "v", "flow"] = Field(
         "eps", description="what the network's output means")
     loss_weighting: Literal["uniform", "min_snr"] = Field(
@@ -208,6 +208,9 @@ def _check_diffusion(diffusion: DiffusionConfig, sampling: SamplingConfig) -> li
         "reach 1: choose at least 20, or schedule 'cosine'")
     if d.schedule in ("linear", "scaled_linear") and d.beta_start > d.beta_end: lines.append(
         f"diffusion.beta_start: found {d.beta_start}, above beta_end {d.beta_end}: swap them")
+    if d.schedule == "flow" and sampling.spacing == "leading": lines.append(
+        "sampling.spacing: found 'leading' with schedule 'flow', where it would visit the clean "
+        "end twice: choose 'trailing'")
     if d.schedule != "flow" and sampling.steps > d.timesteps: lines.append(
         f"sampling.steps: found {sampling.steps}; at most diffusion.timesteps = {d.timesteps}")
     if sampling.eta and sampling.solver != "ddim": lines.append(
