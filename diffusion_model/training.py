@@ -67,7 +67,8 @@ class Trainer:
         datasets: Datasets = None,  # default: what the config describes
         callbacks: list = None,     # default: `default_callbacks(cfg)`
     ):
-        self.cfg, self.step, self.window, self.stopped_by = cfg, 0, [], None
+        self.cfg, self.step, self.window = cfg, 0, []
+        self.stop, self.stopped_by = False, None  # a callback may set stop; a signal sets stopped_by
         self.run_dir = Path(cfg.logging.output_dir)
         self.device = pick_device(cfg.training.device)
         self.datasets = create_dataset(cfg.data) if datasets is None else datasets
@@ -100,7 +101,8 @@ def loss(self: Trainer, batch: Batch) -> Tensor:  # (B,)
     t = self.denoiser.schedule.sample_timesteps(spread_uniform(seed, at))
     y = self.labels(batch)
     if y is not None:
-        y = drop_labels(y, counter_uniform(seed, "label", at)[:, 0], self.cfg.training.label_dropout)
+        hide = self.cfg.training.label_dropout
+        y = drop_labels(y, counter_uniform(seed, "label", at)[:, 0], hide)
     with torch.autocast(self.device.type, torch.bfloat16, self.cfg.training.precision == "bf16"):
         return diffusion_loss(self.denoiser, x0, noise, t, y, d.loss_weighting, d.min_snr_gamma)
 
@@ -119,9 +121,10 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), t.max_grad_norm or math.inf)
     loss, norm = loss.item(), norm.item()
     if not math.isfinite(norm): raise FloatingPointError(
-        f"step {self.step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g} (learning rate "
-        f"{lr:.3g}, samples {int(batch.positions[0])} to {int(batch.positions[-1])}); the weights are as "
-        "they were. Lower training.learning_rate, use precision fp32, or look at these images")
+        f"step {self.step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g} (learning "
+        f"rate {lr:.3g}, samples {int(batch.positions[0])} to {int(batch.positions[-1])}); the "
+        "weights are as they were. Lower training.learning_rate, use precision fp32, or look at "
+        "these images")
     self.optimizer.step()
     self.ema.update(self.step)
     self.step += 1
@@ -155,7 +158,7 @@ def fit(self: Trainer) -> "Trainer":
     try:
         with catch_signals() as caught:
             for callback in self.callbacks: callback.begin(self)
-            while self.step < t.max_steps and not caught:
+            while self.step < t.max_steps and not (caught or self.stop):
                 start = time.perf_counter()
                 metrics = self.train_step(next(batches))
                 metrics["seconds"] = time.perf_counter() - start
@@ -170,9 +173,10 @@ Trainer.fit = fit
 # %% ../nbs/13_training.ipynb #e1cb43de
 def save(self: Trainer) -> Path:
     "Write a checkpoint of this step."
-    return save_checkpoint(self.run_dir, self.step, self.network, self.ema, self.optimizer, self.cfg,
-                           extra={"window": self.window}, classes=self.datasets.classes,
-                           keep=self.cfg.logging.keep_checkpoints)
+    return save_checkpoint(
+        self.run_dir, self.step, self.network, self.ema, self.optimizer, self.cfg,
+        extra={"window": self.window}, classes=self.datasets.classes,
+        keep=self.cfg.logging.keep_checkpoints)
 
 
 def resume(self: Trainer,
@@ -182,9 +186,9 @@ def resume(self: Trainer,
     checkpoint = load_checkpoint(path, self.device)
     changes = config_diff(checkpoint.config, self.cfg)
     fixed = [f"{k}: was {a!r} in {checkpoint.path}, is {b!r} now" for k, (a, b) in changes.items()
-             if k.split(".")[0] in ("model", "diffusion") or k in ("data.image_size", "data.channels")]
-    if fixed: raise ConfigError([*fixed, "a run keeps its network and diffusion: put these back, or "
-                                 "start another run with another --output_dir"])
+             if k.startswith(("model.", "diffusion.", "data.image_size", "data.channels"))]
+    if fixed: raise ConfigError([*fixed, "a run keeps its network and diffusion: put these back, "
+                                 "or start another run with another --output_dir"])
     load_weights(self.network, checkpoint.model, checkpoint.path, changes)
     self.ema.load_state_dict(checkpoint.ema)
     restore_optimizer(self.optimizer, checkpoint.trainer["optimizer"])
@@ -198,7 +202,7 @@ class Callback:
     "Something that happens besides training; does nothing by itself."
     def begin(self, trainer: Trainer) -> None: "Before the first step."
     def after_step(self, trainer: Trainer, metrics: dict) -> None: "After each step."
-    def end(self, trainer: Trainer) -> None: "After the last step, or when a signal stopped the run."
+    def end(self, trainer: Trainer) -> None: "After the last step, or the one of a signal."
 
 
 class Log(Callback):
@@ -234,7 +238,8 @@ def validation_loss(
         noise = counter_normal(0, "validation", at, x0.shape[1:])
         t = trainer.denoiser.schedule.sample_timesteps(spread_uniform(0, at))
         y = y.to(trainer.device) if trainer.cfg.model.num_classes else None
-        total += diffusion_loss(trainer.ema_denoiser, *(v.to(trainer.device) for v in (x0, noise, t)), y).sum().item()
+        batch = (v.to(trainer.device) for v in (x0, noise, t))
+        total += diffusion_loss(trainer.ema_denoiser, *batch, y).sum().item()
     return total/n
 
 
@@ -267,7 +272,8 @@ class DrawSamples(Callback):
         n, y = min(self.n, cfg.sampling.num_samples), None
         if cfg.model.num_classes: y = torch.arange(n) % cfg.model.num_classes
         shape = (n, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-        states = create_sampler(cfg.sampling, *data_range(cfg))(trainer.ema_denoiser, shape, y=y, seed=0)
+        sampler = create_sampler(cfg.sampling, *data_range(cfg))
+        states = sampler(trainer.ema_denoiser, shape, y=y, seed=0)
         return [denormalise(cfg, s.x).cpu() for s in states]
 
     def save(self, trainer, film=False):
