@@ -164,7 +164,7 @@ def plot_metrics(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 3.6), layout="constrained")
     ax = fig.subplots()
-    train = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    train = [(m["step"], m["loss"]) for m in metrics if np.isfinite(m.get("loss", np.nan))]
     if train:
         step, loss = zip(*train)
         ax.plot(step, loss, color=COLOURS[0], alpha=0.25, lw=0.8)
