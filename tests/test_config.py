@@ -1,0 +1,164 @@
+"Config files, overrides and what is said when they are wrong."
+import pytest
+import yaml
+
+from diffusion_model.config import (Config, ConfigError, config_diff, config_help, find_config, list_configs,
+                                    load_config, parse_overrides, save_config)
+
+
+def lines(name="default", overrides=()):
+    with pytest.raises(ConfigError) as error: load_config(name, overrides)
+    return error.value.lines
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.yaml"):
+        (tmp_path/name).write_text(text)
+        return tmp_path/name
+    return write
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_shipped_configs(name, tmp_path):
+    cfg = load_config(name)
+    assert load_config(save_config(cfg, tmp_path/"config.yaml")) == cfg
+    load_config(name, ["--max_steps", "20"])  # small runs of any of them
+    load_config(name, ["--max_steps", "1"])
+
+
+def test_shipped_are_five(): assert list_configs() == ["cifar10", "default", "fashion_mnist", "image_folder", "quickstart"]
+def test_defaults_equal_the_file(): assert load_config("default") == Config()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_found_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name).name == "quickstart.yaml"
+
+
+@pytest.mark.parametrize("words, field, value", [
+    (["--training.learning_rate", "1e-4"], "training.learning_rate", 1e-4),
+    (["--learning-rate=1e-4"], "training.learning_rate", 1e-4),
+    (["--batch_size", "64"], "training.batch_size", 64),
+    (["training.seed=7"], "training.seed", 7),
+    (["--download"], "data.download", True),
+    (["--no-horizontal-flip"], "data.horizontal_flip", False),
+    (["--no_horizontal_flip"], "data.horizontal_flip", False),
+    (["--horizontal_flip", "false"], "data.horizontal_flip", False),
+    (["--channel_multipliers", "1,2"], "model.channel_multipliers", [1, 2]),
+    (["--channel_multipliers=[1, 2]"], "model.channel_multipliers", [1, 2]),
+    (["--crop", "none"], "data.crop", "none"),
+    (["--output_dir", "123"], "logging.output_dir", "123"),
+    (["--attention_head_dim", "null"], "model.attention_head_dim", None),
+    (["--channels", "1"], "data.channels", 1),
+    (["--trackers", "tensorboard"], "logging.trackers", ["tensorboard"]),
+    (["--beta_start", "1e-5"], "diffusion.beta_start", 1e-5),
+])
+def test_overrides(words, field, value):
+    cfg = load_config("default", words)
+    section, name = field.split(".")
+    assert getattr(getattr(cfg, section), name) == value
+
+
+def test_overrides_as_a_dict(): assert load_config("default", {"training.max_steps": 20}).training.max_steps == 20
+def test_the_last_override_wins(): assert load_config("default", ["--seed", "1", "--seed", "2"]).training.seed == 2
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--lerning_rate", "1"], "did you mean training.learning_rate?"),
+    (["--training.lerning_rate", "1"], "did you mean learning_rate?"),
+    (["--data.learning_rate", "1"], "did you mean training.learning_rate?"),
+    (["--trainin.seed", "1"], "did you mean training?"),
+    (["--batch_size", "many"], "training.batch_size: found 'many'; allowed: a whole number >= 1"),
+    (["--batch_size", "0"], "found 0; allowed: a whole number >= 1"),
+    (["--batch_size", "1.5"], "found 1.5"),
+    (["--batch_size"], "needs a value"),
+    (["--dropout", "1"], "allowed: a number >= 0 and < 1"),
+    (["--solver", "dim"], "one of ddpm, ddpm_beta, ddim, euler"),
+    (["--optimizer", "adm"], "one of adamw, adam, sgd"),
+    (["--horizontal_flip", "no"], "not understood"),
+    (["--horizontal_flip=no"], "true or false"),
+    (["nonsense"], "not understood"),
+    (["--image_size", "28"], "choose 24 or 32"),
+    (["--image_size", "4"], "choose 8"),
+    (["--norm_groups", "48"], "the largest that divides all levels is 128"),
+    (["--attention_resolutions", "7"], "sizes [32, 16, 8, 4]"),
+    (["--attention_head_dim", "96"], "does not divide"),
+    (["--schedule", "flow"], "choose 'flow', 'v' or 'x0'"),
+    (["--schedule", "flow", "--prediction", "v", "--spacing", "leading"], "choose 'trailing'"),
+    (["--timesteps", "19", "--steps", "10"], "at least 20"),
+    (["--timesteps", "30"], "at most diffusion.timesteps = 30"),
+    (["--eta", "0.5", "--solver", "euler"], "only 'ddim' has it"),
+    (["--num_classes", "7"], "CIFAR10 has 10 classes"),
+    (["--guidance_scale", "2"], "model.num_classes > 0"),
+    (["--dataset", "shapes", "--train_size", "5"], "training.batch_size"),
+])
+def test_refused(words, says): assert any(says in line for line in lines("default", words)), lines("default", words)
+
+
+def test_errors_come_together(write):
+    path = write("base: quickstart\ntraining: {lerning_rate: 1, batch_size: many}\nmodle: {}\ndata: {image_size: 30}")
+    found = lines(path, ["--guidance_scle", "2", "--dropout", "7"])
+    for word in ("lerning_rate", "batch_size", "modle", "guidance_scle", "dropout"):
+        assert sum(word in line for line in found) == 1, (word, found)
+
+
+def test_two_clashes_come_together():
+    found = lines("default", ["--image_size", "30", "--schedule", "flow"])
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("text, says", [
+    ("training: {seed: 1, seed: 2}", "seed: stands twice, in lines [1, 1]"),
+    ("training:\n  seed: 1\ndata: {}\ntraining:\n  seed: 2", "training: stands twice, in lines [1, 4]"),
+    ("training: !!python/object/apply:os.getcwd []", "not YAML"),
+    ("training: [", "not YAML"),
+    ("- 1", "must hold sections"),
+    ("training: 5", "a section holds fields"),
+    ("learning_rate: 1", "must stand in its section: training.learning_rate"),
+    ("base: nowhere", "nowhere"),
+])
+def test_bad_files(write, text, says): assert any(says in line for line in lines(write(text))), lines(write(text))
+
+
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1e4", 1e4), ("0.5", 0.5), ("017", 17.), ("3", 3.)])
+def test_numbers(write, text, value):
+    assert load_config(write(f"training: {{learning_rate: {text}}}")).training.learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["12:30:45", "no", "1_000", "0x10", "true", "'1e-4'"])
+def test_not_numbers(write, text):
+    assert "training.learning_rate" in lines(write(f"training: {{learning_rate: {text}}}"))[0]
+
+
+def test_bases_in_a_chain(write):
+    write("base: quickstart\ntraining: {seed: 1, max_steps: 7}", "a.yaml")
+    cfg = load_config(write("base: a.yaml\ntraining: {seed: 2}", "b.yaml"))
+    assert (cfg.training.seed, cfg.training.max_steps, cfg.data.dataset) == (2, 7, "shapes")
+
+
+def test_a_circle_of_bases(write):
+    write("base: b.yaml", "a.yaml")
+    assert "cannot be its own base" in lines(write("base: a.yaml", "b.yaml"))[0]
+
+
+def test_no_such_config():
+    line, = lines("quikstart")
+    for word in ("quikstart", "did you mean quickstart?", "cifar10"): assert word in line
+
+
+def test_difference():
+    a, b = load_config("default"), load_config("default", ["--seed", "3"])
+    assert config_diff(a, b) == {"training.seed": (0, 3)} and config_diff(a, a) == {}
+
+
+def test_help_names_every_field():
+    text = config_help()
+    for section, cls in Config.model_fields.items():
+        for field in cls.annotation.model_fields: assert f"--{section}.{field}" in text
+
+
+def test_saved_is_plain_yaml(tmp_path):
+    saved = yaml.safe_load(save_config(Config(), tmp_path/"c.yaml").read_text())
+    assert saved["training"]["learning_rate"] == 2e-4
