@@ -67,6 +67,7 @@ class GaussianMixture:
         "Draw from the data distribution itself."
         at = torch.arange(n)
         edges = self.log_weights.exp().cumsum(0).cpu()
-        k = torch.searchsorted(edges, counter_uniform(seed, "component", at)[:, 0]).clamp(max=len(edges) - 1)
+        u = counter_uniform(seed, "component", at)[:, 0]
+        k = torch.searchsorted(edges, u).clamp(max=len(edges) - 1)
         z = counter_normal(seed, "data", at, self.means.shape[1:]).to(self.means)
         return self.means[k] + expand(self.variance[k].sqrt(), z)*z

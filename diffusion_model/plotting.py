@@ -164,11 +164,13 @@ def plot_metrics(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 3.6), layout="constrained")
     ax = fig.subplots()
-    train = [(m["step"], m["loss"]) for m in metrics if np.isfinite(m.get("loss", np.nan))]
+    finite = [m for m in metrics if m.get("loss") is not None and np.isfinite(m["loss"])]
+    train = [(m["step"], m["loss"]) for m in finite]
     if train:
         step, loss = zip(*train)
         ax.plot(step, loss, color=COLOURS[0], alpha=0.25, lw=0.8)
-        ax.plot(step, smooth(loss), color=COLOURS[0], label="training loss, averaged")
+        recent = smooth(loss, max(0., 1 - 40/len(loss)))  # the average reaches over 1/40 of the run
+        ax.plot(step, recent, color=COLOURS[0], label="training loss, averaged")
     val = [(m["step"], m["validation_loss"]) for m in metrics if m.get("validation_loss")]
     if val: ax.plot(*zip(*val), "o-", ms=4, color=COLOURS[1], label="validation loss (EMA weights)")
     ax.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")

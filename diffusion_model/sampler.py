@@ -69,7 +69,8 @@ class Step(NamedTuple):
 
 #: name -> solver(x, pred, step) -> x at step.there
 SOLVERS = {
-    "ddim": lambda x, pred, s: ddim_step(x, pred, s.here, s.there, s.eta, s.noise() if s.eta else None),
+    "ddim": lambda x, pred, s: ddim_step(
+        x, pred, s.here, s.there, s.eta, s.noise() if s.eta else None),
     "ddpm": lambda x, pred, s: ddpm_step(x, pred, s.here, s.there, s.noise()),
     "ddpm_beta": lambda x, pred, s: ddpm_step(x, pred, s.here, s.there, s.noise(), posterior=False),
     "euler": lambda x, pred, s: euler_step(x, pred, s.here, s.there),
@@ -108,7 +109,7 @@ def _check(denoiser, shape, solver, eta, y) -> None:
 # %% ../nbs/08_sampler.ipynb #bab97406
 @torch.no_grad()
 def sample_iter(
-    denoiser,                   # maps (x, t, y) to a Pred, and has a `schedule`: a Denoiser, an oracle, ...
+    denoiser,                   # maps (x, t, y) to a Pred, and has a `schedule`
     shape: tuple,               # (B, ...) of the samples
     steps: int = 50,            # calls of the denoiser
     solver: str = "ddim",       # a key of SOLVERS
@@ -116,7 +117,7 @@ def sample_iter(
     seed: int = 0,
     spacing: str = "trailing",  # a key of scheduler.SPACINGS
     eta: float = 0.,            # for ddim
-    first: int = 0,             # number of the first sample: sample i's noise depends on seed and i alone
+    first: int = 0,             # number of the first: sample i's noise depends on seed and i
     device=None,                # default: the network's
     noise: Tensor = None,       # start from this instead of drawn noise
 ) -> Iterator[State]:           # steps+1 states; the last one's x is the sample
@@ -149,7 +150,8 @@ def sample(
 ) -> Tensor:  # (B, ...) samples
     "Sample; the options are `sample_iter`'s."
     states = sample_iter(denoiser, shape, steps, **options)
-    for state in tqdm(states, total=steps + 1, desc="sampling", disable=not progress, leave=False): pass
+    bar = tqdm(states, total=steps + 1, desc="sampling", disable=not progress, leave=False)
+    for state in bar: pass
     return state.x
 
 # %% ../nbs/08_sampler.ipynb #bd7a2834

@@ -63,8 +63,8 @@ def _rescaled(betas: Tensor, T: int) -> Tensor:
     "Betas stated for 1000 steps, for T steps. Raises ValueError where they would reach 1."
     betas = betas*(1000/T)
     if betas.max() >= 1: raise ValueError(
-        f"timesteps: found {T}; betas up to {betas.max()*T/1000:.3g} rescaled to so few steps reach "
-        f"{betas.max():.3g}, and must stay below 1: choose more steps, or the cosine schedule")
+        f"timesteps: found {T}; betas up to {betas.max()*T/1000:.3g} rescaled to so few steps "
+        f"reach {betas.max():.3g}, and must stay below 1: choose more steps, or cosine")
     return betas
 
 
@@ -103,16 +103,17 @@ class VPSchedule(NoiseSchedule):
         self.betas = torch.as_tensor(betas, dtype=torch.float64)
         bad = ~((self.betas > 0) & (self.betas < 1))
         if bad.any(): raise ValueError(
-            f"betas: found {self.betas[bad][0]:.4g} at t = {int(bad.nonzero()[0])}; each must lie in (0, 1)")
+            f"betas: found {self.betas[bad][0]:.4g} at t = {int(bad.nonzero()[0])}; "
+            "each must lie in (0, 1)")
         self.T = len(self.betas)
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
-        self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        self.alphas_cumprod_prev = bar[:-1]
         left = 1 - self.alphas_cumprod
         self.posterior_variance = self.betas*(1 - self.alphas_cumprod_prev)/left
         self.posterior_mean_coef1 = self.betas*self.alphas_cumprod_prev.sqrt()/left
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev)*self.alphas.sqrt()/left
-        bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
         self._tables = {torch.device("cpu"): torch.stack([bar.sqrt(), (1 - bar).sqrt()])}
 
     def _table(self, device: torch.device) -> Tensor:
@@ -179,7 +180,8 @@ NoiseSchedule.sample_timesteps = sample_timesteps
 # %% ../nbs/04_scheduler.ipynb #2b71233b
 def _trailing(T, steps): return [math.floor(T - i*T/steps + 0.5) - 1 for i in range(steps)]
 def _leading(T, steps): return [(steps - 1 - i)*(T//steps) for i in range(steps)]
-def _linspace(T, steps): return [math.floor((T - 1)*(1 - i/max(steps - 1, 1)) + 0.5) for i in range(steps)]
+def _linspace(T, steps):
+    return [math.floor((T - 1)*(1 - i/max(steps - 1, 1)) + 0.5) for i in range(steps)]
 
 #: (T, steps) -> the times to visit, falling (Lin et al. 2023, Table 2).
 SPACINGS = {"trailing": _trailing, "leading": _leading, "linspace": _linspace}
@@ -188,7 +190,7 @@ SPACINGS = {"trailing": _trailing, "leading": _leading, "linspace": _linspace}
 def grid(self: NoiseSchedule,
     steps: int,                  # 1 to T
     spacing: str = "trailing",   # a key of SPACINGS
-) -> Tensor:                     # (steps+1,) falling times, the last one clean; int64, or float64 for flow
+) -> Tensor:                     # (steps+1,) falling times, the last one clean
     "The times that a sampler visits. Raises ValueError for steps or a spacing that cannot be."
     if spacing not in SPACINGS: raise ValueError(
         f"spacing: found '{spacing}'; known are {', '.join(SPACINGS)}")
@@ -206,7 +208,8 @@ NoiseSchedule.grid = grid
 #: name in the config -> the schedule it describes
 SCHEDULES = {
     "linear": lambda d: VPSchedule(linear_betas(d.timesteps, d.beta_start, d.beta_end)),
-    "scaled_linear": lambda d: VPSchedule(scaled_linear_betas(d.timesteps, d.beta_start, d.beta_end)),
+    "scaled_linear": lambda d: VPSchedule(
+        scaled_linear_betas(d.timesteps, d.beta_start, d.beta_end)),
     "cosine": lambda d: VPSchedule(cosine_betas(d.timesteps)),
     "flow": lambda d: FlowSchedule(),
 }

@@ -68,7 +68,7 @@ class Trainer:
         callbacks: list = None,     # default: `default_callbacks(cfg)`
     ):
         self.cfg, self.step, self.window = cfg, 0, []
-        self.stop, self.stopped_by = False, None  # a callback may set stop; a signal sets stopped_by
+        self.stop, self.stopped_by = False, None  # set by a callback; by a signal
         self.run_dir = Path(cfg.logging.output_dir)
         self.device = pick_device(cfg.training.device)
         self.datasets = create_dataset(cfg.data) if datasets is None else datasets
