@@ -50,6 +50,17 @@ def test_notebook_is_clean(exported, path):
     assert path.read_text() == cleaned, f"{path.name} is not clean: run nbdev-clean"
 
 
+def test_site_pages_process(exported):
+    "The documentation site's first half, which needs no Quarto: every page can be processed."
+    code = ("from nbdev.quarto import refresh_quarto_yml as refresh; from nbdev.serve import proc_nbs; "
+            "refresh(); print(proc_nbs())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(exported)})
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr[-2000:]
+    pages = {p.name for p in (exported/"_proc").glob("*.ipynb")}
+    assert pages == {p.name for p in NOTEBOOKS if p.parent == ROOT/"nbs"}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_notebook_outputs(path):
     "Saved outputs hold no error, no progress bar, no widget state and no path of a machine."
