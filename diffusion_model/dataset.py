@@ -243,8 +243,9 @@ def list_images(folder: Path, root: Path = None) -> list[Path]:
     "Images in a folder and the folders in it, sorted; hidden ones are left out."
     root, found = (root or folder).resolve(), []
     for p in _visible(folder):
-        if p.is_symlink() and not p.resolve().is_relative_to(root):
-            raise ValueError(f"{p}: this link leads out of data.root = {root}: copy the images")
+        if p.is_symlink() and (p.is_dir() or not p.resolve().is_relative_to(root)):
+            raise ValueError(f"{p}: links to folders, and links that lead out of data.root = "
+                             f"{root}, are not followed: put the images there instead")
         if p.is_dir(): found += list_images(p, root)
         elif p.suffix.lower() in IMAGE_SUFFIXES: found.append(p)
     return found
@@ -311,7 +312,10 @@ def _torchvision_class(name: str):
     known = {}
     for n in datasets.__all__:
         arguments = inspect.signature(getattr(datasets, n)).parameters
-        if {"train", "split"} & set(arguments) and "root" in arguments: known[n] = arguments
+        named = {a: p for a, p in arguments.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
+        needs = {a for a, p in named.items() if p.default is p.empty}
+        if {"train", "split"} & set(named) and needs <= {"root", "train", "split"}:
+            known[n] = named
     if name in known: return getattr(datasets, name), known[name]
     every = ["shapes", "folder", *known]
     lower = {n.lower(): n for n in every}
@@ -479,18 +483,22 @@ class PositionLoader:
 class _Addressed(Dataset):
     "What a worker does: an address in, a batch out."
     def __init__(self, ds): self.ds = ds
-    def __getitem__(self, address): return self.ds.batch(*address)
+
+    def __getitem__(self, address):
+        try: return self.ds.batch(*address)
+        except (ValueError, OSError) as error: return error  # raised, unwrapped, in __iter__
 
 
 @patch
 def __iter__(self: PositionLoader):
     "Batches from step `start` on, without end."
     steps = itertools.count(self.start)
-    if self.num_workers == 0: return map(self.at, steps)
+    if self.num_workers == 0: yield from map(self.at, steps)  # endless
     batches = DataLoader(_Addressed(self.ds), batch_size=None, sampler=map(self.address, steps),
                          num_workers=self.num_workers, generator=torch.Generator())
-    return (Batch(*batch, self.positions(step))
-            for step, batch in zip(itertools.count(self.start), batches))
+    for step, batch in zip(itertools.count(self.start), batches):
+        if isinstance(batch, Exception): raise batch
+        yield Batch(*batch, self.positions(step))
 
 # %% ../nbs/03_dataset.ipynb #63ad2b57
 def create_loader(

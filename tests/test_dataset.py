@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_model import dataset
 from diffusion_model.config import DataConfig
-from diffusion_model.dataset import Shapes, create_dataset, create_loader, draw_shapes
+from diffusion_model.dataset import ImageSet, Shapes, create_dataset, create_loader, draw_shapes, scan_folder
+from diffusion_model.transforms import create_transform
 
 REAL = Path(__file__).resolve().parent.parent.parent/"shared"/"data"
 real = pytest.mark.skipif(not REAL.exists(), reason="the real data sets are not beside the project")
@@ -174,3 +176,121 @@ def test_each_epoch_shows_each_image_once():
                                             (4, dict(rank=2, world=2), "rank"), (4, dict(start=-1), "start")])
 def test_loader_refusals(size, kw, says):
     with pytest.raises(ValueError, match=says): create_loader(create_dataset(config()).train, size, 0, **kw)
+
+
+# Traps that a folder, a platform or torchvision sets
+def test_links_are_not_followed(folder):
+    (folder/"cats"/"inside.png").symlink_to(folder/"dogs"/"6.png")
+    assert len(scan_folder(folder)[0]) == 10
+    for target in (folder, "/etc"):
+        (folder/"cats"/"link").symlink_to(target)
+        with pytest.raises(ValueError, match="link: links to folders"): scan_folder(folder)
+        (folder/"cats"/"link").unlink()
+    (folder/"cats"/"outside.png").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="outside.png: links"): scan_folder(folder)
+
+
+def test_split_folders_are_not_taken_for_classes(folder):
+    root = folder/"both"
+    for name in ("train", "test"):
+        (root/name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root/name/"a.png")
+    with pytest.raises(ValueError, match="train and test, which would become classes"): scan_folder(root)
+
+
+def test_a_new_picture_moves_no_other(folder):
+    def parts():
+        sets = create_dataset(config(dataset="folder", root=str(folder), validation_fraction=0.2))
+        return [{sets.train.source.load.paths[i].name for i in s.indices.tolist()} for s in sets[:3]]
+    before = parts()
+    Image.new("RGB", (9, 9)).save(folder/"dogs"/"new.png")
+    assert sum(len(a - b) for a, b in zip(before, parts())) <= 2  # at the cuts, at most
+
+
+def test_a_bad_image_in_a_worker_is_named_in_one_line(folder):
+    for path in folder.glob("*/[0-9]*"): path.write_bytes(b"broken")
+    sets = create_dataset(config(dataset="folder", root=str(folder)))
+    with pytest.raises(ValueError, match="not a readable image") as caught:
+        next(iter(create_loader(sets.train, 2, seed=0, num_workers=1)))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_spawned_workers_and_the_global_generator(folder, monkeypatch):
+    import torch.utils.data as data
+    from torch import multiprocessing
+    sets = create_dataset(config(dataset="folder", root=str(folder), crop="random", horizontal_flip=True))
+    state, started = torch.get_rng_state(), []
+
+    class Spawning(data.DataLoader):
+        def __init__(self, *args, **kw):
+            started.append(1)
+            super().__init__(*args, multiprocessing_context=multiprocessing.get_context("spawn"), **kw)
+    monkeypatch.setattr(dataset, "DataLoader", Spawning)
+    there = list(islice(create_loader(sets.train, 3, seed=0, num_workers=1), 4))
+    here = list(islice(create_loader(sets.train, 3, seed=0), 4))
+    assert started and same(there, here)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_decoded_images_are_kept_and_a_truth_for_each(folder):
+    sets = create_dataset(config(dataset="folder", root=str(folder)))
+    first = sets.train.batch(torch.arange(len(sets.train)))
+    for path in folder.glob("*/[0-9]*"): path.unlink()
+    again = sets.train.batch(torch.arange(len(sets.train)))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+class Held:
+    "Stands for a torchvision data set that holds an array."
+    def __init__(self, data, labels): self.data, self.labels = data, labels
+    def __len__(self): return len(self.data)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
+def test_layouts_of_torchvisions_arrays(layout):
+    x = torch.randint(0, 256, (5, 1 if layout == "NHW" else 3, 8, 9), dtype=torch.uint8)
+    data = {"NHWC": x.permute(0, 2, 3, 1), "NCHW": x, "NHW": x[:, 0]}[layout].numpy()
+    source = dataset._source(Held(data, [4, 3, 2, 1, 0]), None)
+    images, labels = source.read(torch.tensor([3, 0]))
+    assert torch.equal(images, x[[3, 0]]) and labels.tolist() == [1, 4]
+    assert source.classes == ["0", "1", "2", "3", "4"]
+
+
+def test_sets_without_an_array_are_read_item_by_item():
+    class Items:
+        _samples = [("a.png", 1), ("b.png", 0)]
+        def __len__(self): return 2
+        def __getitem__(self, i): return Image.new("L", (7, 9), 100*i), self._samples[i][1]
+    transform = create_transform(config())
+    source = dataset._source(Items(), transform)
+    images, labels = ImageSet(source, transform).batch(torch.tensor([1, 0]))
+    assert labels.tolist() == [0, 1] and source.classes == ["0", "1"]
+    assert [round(x.item()) for x in (images.mean((1, 2, 3)) + 1)*127.5] == [100, 0]
+
+
+@pytest.mark.parametrize("name", ["Kinetics", "PhotoTour", "VOCDetection", "FakeData"])
+def test_sets_that_need_more_than_a_split_are_unknown(name, tmp_path):
+    with pytest.raises(ValueError, match=f"data.dataset: found '{name}'"):
+        create_dataset(config(dataset=name, root=str(tmp_path)))
+
+
+def test_a_set_without_the_usual_split_says_so(tmp_path):
+    with pytest.raises(ValueError, match="EMNIST has no usual training and test split"):
+        create_dataset(config(dataset="EMNIST", root=str(tmp_path)))
+
+
+def test_drawing_does_not_depend_on_the_batch():
+    whole = draw_shapes(5, torch.arange(1001))[0]
+    for n in (1, 7, 64): assert torch.equal(draw_shapes(5, torch.arange(900, 900 + n))[0], whole[900:900 + n])
+
+
+def test_every_colour_stands_out_from_its_ground():
+    "WCAG's contrast ratio, at the ground's least favourable place."
+    def luminance(rgb):
+        linear = torch.where(rgb <= 0.04045, rgb/12.92, ((rgb + 0.055)/1.055)**2.4)
+        return linear @ torch.tensor([0.2126, 0.7152, 0.0722])
+    hues = torch.linspace(0, 1, 100)[:, None]
+    back = luminance(dataset._grounds(hues, 32).movedim(1, -1)).flatten()
+    front = luminance(dataset.PALETTE)[:, None]
+    ratio = (torch.maximum(front, back) + 0.05)/(torch.minimum(front, back) + 0.05)
+    assert ratio.min() > 2.5
