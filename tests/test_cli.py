@@ -106,7 +106,7 @@ def test_sample_writes_files(trained, tmp_path):
     ("train", ["--config", "quikstart"], ["quikstart", "did you mean quickstart?"]),
     ("train", ["--config", "quickstart", "--lerning_rate", "1"], ["did you mean training.learning_rate?"]),
     ("train", ["--config", "quickstart", "--batch_size", "many"], ["training.batch_size", "'many'", "a whole number"]),
-    ("train", ["--config", "quickstart", "--image_size", "30"], ["data.image_size", "28 or 32"]),
+    ("train", ["--config", "quickstart", "--image_size", "30"], ["data.image_size", "24 or 32"]),
     ("train", ["--config", "quickstart", "--max_steps", "0", "--dropout", "2"], ["training.max_steps", "model.dropout"]),
     ("train", ["--config", "fashion_mnist", "--data.root", "nowhere"], ["nowhere", "--data.download true"]),
     ("train", ["--config", "image_folder", "--data.root", "nowhere"], ["nowhere"]),
