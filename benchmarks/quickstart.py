@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion_model.checkpoint import load_network
-from diffusion_model.config import load_config
 from diffusion_model.dataset import create_dataset, create_loader
 from diffusion_model.denoiser import create_denoiser
 from diffusion_model.sampler import create_sampler

@@ -326,9 +326,10 @@ def find_config(
     if name.parent in (Path("."), Path("configs")): places += [f/named.name for f in _folders()]
     for place in places:
         if place.is_file(): return place
+    near = difflib.get_close_matches(named.stem, list_configs(), n=1)
     raise ConfigError([f"config: found '{name}', which is neither a file nor a shipped config; "
-                       f"shipped are {', '.join(list_configs())}; "
-                       f"{_did_you_mean(named.stem, list_configs())}"])
+                       + (f"did you mean {near[0]}? " if near else "") +
+                       f"shipped are {', '.join(list_configs())}; a path works too"])
 
 # %% ../nbs/01_config.ipynb #f11bd819
 def _read(path: Path, seen: tuple = ()) -> tuple[dict, list[str]]:

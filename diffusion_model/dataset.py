@@ -35,7 +35,7 @@ def _square(x, y): return _box(x, y, 0.78, 0.78)
 def _cross(x, y): return torch.minimum(_box(x, y, 0.92, 0.31), _box(x, y, 0.31, 0.92))
 
 # %% ../nbs/03_dataset.ipynb #ffdf982b
-def _star(x, y, n=5, inner=0.46):
+def _star(x, y, n=5, inner=0.54):
     "n points on the unit circle, and n notches at radius `inner` between them."
     half = math.pi/n
     angle = torch.remainder(torch.atan2(x, -y) + half, 2*half) - half

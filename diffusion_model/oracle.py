@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .counters import counter_normal, counter_uniform
 from .denoiser import NO_LABEL, Pred
-from .scheduler import Level, NoiseSchedule, expand
+from .scheduler import NoiseSchedule, expand
 
 # %% ../nbs/06_oracle.ipynb #22440d89
 class GaussianMixture:

@@ -8,7 +8,6 @@ __all__ = ['SOLVERS', 'ddim_step', 'ddpm_step', 'euler_step', 'Step', 'State', '
 
 # %% ../nbs/08_sampler.ipynb #327913fa
 import difflib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

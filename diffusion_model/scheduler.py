@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPACINGS', 'SCHEDULES', 'Level', 'expand', 'NoiseSchedule', 'linear_betas', 'scaled_linear_betas', 'cosine_betas',
-           'VPSchedule', 'FlowSchedule', 'posterior', 'sample_timesteps', 'grid', 'create_scheduler']
+           'VPSchedule', 'FlowSchedule', 'create_scheduler']
 
 # %% ../nbs/04_scheduler.ipynb #4aac9df4
 import math
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .config import DiffusionConfig
@@ -152,6 +153,7 @@ def _posterior_coefs(here, there):
     return a*sigma_s**2/sigma_t**2, alpha_s*v/sigma_t**2, v*sigma_s**2/sigma_t**2
 
 
+@patch
 def posterior(self: NoiseSchedule,
     x0: Tensor,          # (B, ...)
     xt: Tensor,          # (B, ...) at time t
@@ -165,17 +167,14 @@ def posterior(self: NoiseSchedule,
     mean = expand(of_xt, xt)*xt + expand(of_x0, xt)*x0
     return mean, variance, variance.clamp(min=1e-20).log()
 
-NoiseSchedule.posterior = posterior
-
 # %% ../nbs/04_scheduler.ipynb #4ec4a187
+@patch
 def sample_timesteps(self: NoiseSchedule,
     u: Tensor,  # (n,) uniform in [0, 1)
 ) -> Tensor:    # (n,) times: int64 0 … T-1, or float32 in (0, 1) for continuous schedules
     "Times for training, uniform over the schedule."
     if self.T: return (u.double()*self.T).long().clamp(max=self.T - 1)
     return u.float().clamp(min=1e-5)
-
-NoiseSchedule.sample_timesteps = sample_timesteps
 
 # %% ../nbs/04_scheduler.ipynb #2b71233b
 def _trailing(T, steps): return [math.floor(T - i*T/steps + 0.5) - 1 for i in range(steps)]
@@ -187,6 +186,7 @@ def _linspace(T, steps):
 SPACINGS = {"trailing": _trailing, "leading": _leading, "linspace": _linspace}
 
 
+@patch
 def grid(self: NoiseSchedule,
     steps: int,                  # 1 to T
     spacing: str = "trailing",   # a key of SPACINGS
@@ -201,8 +201,6 @@ def grid(self: NoiseSchedule,
         "spacing: found 'leading' with a continuous schedule, where it would visit the clean end "
         "twice: choose 'trailing'")
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-NoiseSchedule.grid = grid
 
 # %% ../nbs/04_scheduler.ipynb #4f909857
 #: name in the config -> the schedule it describes

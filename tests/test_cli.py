@@ -124,7 +124,7 @@ def test_refusals(tmp_path, command, words, says):
 
 def test_an_empty_folder_is_named(tmp_path):
     (tmp_path/"empty").mkdir()
-    done = run("train", "--config", "image_folder", "--data.root", tmp_path/"empty")
+    done = run("train", "--config", "image_folder", "--data.root", tmp_path/"empty", cwd=tmp_path)
     assert done.returncode == 2 and str(tmp_path/"empty") in done.stderr and ".png" in done.stderr
 
 

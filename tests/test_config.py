@@ -3,7 +3,7 @@ import pytest
 import yaml
 
 from diffusion_model.config import (Config, ConfigError, config_diff, config_help, find_config, list_configs,
-                                    load_config, parse_overrides, save_config)
+                                    load_config, save_config)
 
 
 def lines(name="default", overrides=()):

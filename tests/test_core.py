@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from diffusion_model.config import DiffusionConfig, SamplingConfig
-from diffusion_model.counters import counter_normal
 from diffusion_model.denoiser import PREDICTIONS, Denoiser, clamped, diffusion_loss
 from diffusion_model.oracle import GaussianMixture
 from diffusion_model.sampler import SOLVERS, create_sampler, ddim_step, guided, sample, sample_iter
