@@ -122,7 +122,7 @@ def sample_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw images from a trained model: PNG files and a grid.",
         epilog="Everything else comes from the checkpoint's own config; other fields of its\n"
-               "sampling section can be given too: --eta 0.5, --no-clip_x0, ...\n"
+               "sampling section can be given too: --spacing karras, --no-clip_x0, ...\n"
                "\nexamples:\n"
                "  diffusion-sample --checkpoint outputs/quickstart --labels star,heart\n"
                "  diffusion-sample --checkpoint outputs/quickstart --solver ddpm --steps 100")
@@ -130,8 +130,9 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="PATH", required=True,
         help="a run directory (its newest checkpoint), or a checkpoint")
     add("--num_samples", "--num-samples", metavar="N", help="how many images")
-    add("--steps", metavar="N", help="calls of the network for an image")
-    add("--solver", metavar="NAME", help="ddim, ddpm, ddpm_beta or euler")
+    add("--steps", metavar="N", help="steps for an image; one call of the network each (heun, edm: two)")
+    add("--solver", metavar="NAME", help="unipc, dpmpp_2m, dpmpp_2m_sde, heun, edm, euler, ddim, "
+        "ddpm or ddpm_beta")
     add("--labels", metavar="A,B", help="class names or numbers, repeated as needed; "
         "none: without label; default: all classes in turn")
     add("--guidance_scale", "--guidance-scale", metavar="G",

@@ -24,44 +24,62 @@ class GaussianMixture:
         std=0.,                  # standard deviation within a component: a number or (K,)
         weights: Tensor = None,  # (K,) shares, default equal
         labels: Tensor = None,   # (K,) int64 class of each component, for a conditional oracle
+        chunk: int = 2048,       # components looked at together: bounds the memory
     ):
-        self.schedule, self.means, self.labels = schedule, means, labels
+        self.schedule, self.means, self.labels, self.chunk = schedule, means, labels, chunk
         K = len(means)
         self.variance = torch.as_tensor(std, dtype=means.dtype, device=means.device).expand(K)**2
         weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
         self.log_weights = (weights/weights.sum()).to(means).log()
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
 
-    def _log_joint(self, x: Tensor, t: Tensor, y: Tensor | None):
-        "log w_k N(x; αμ_k, v_k) for each image and component, (B, K); and α and v."
-        alpha, sigma = (c.to(x.dtype).expand(len(x))[:, None] for c in self.schedule.alpha_sigma(t))
-        v = alpha**2*self.variance + sigma**2
-        flat, means = x.flatten(1), self.means.flatten(1)
-        square = torch.cdist(flat, alpha[:1]*means)**2 if (alpha == alpha[0]).all() else \
-            ((flat[:, None] - alpha[:, :, None]*means)**2).sum(-1)
-        log = self.log_weights - square/(2*v) - flat.shape[1]/2*(2*math.pi*v).log()
-        if y is not None:
-            other = (y[:, None] != self.labels) & (y[:, None] != NO_LABEL)
-            log = log.masked_fill(other, -torch.inf)
-        return log, alpha, v
+    def _chunks(self, x: Tensor, t: Tensor, y: Tensor | None):
+        "For each chunk of components: their log w_k (B, k), log N(x; αμ_k, v_k) (B, k), μ, s², v."
+        alpha, sigma = (c.to(x).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))
+        flat = x.flatten(1)
+        for k in range(0, len(self.means), self.chunk):
+            part = slice(k, k + self.chunk)
+            means, variance = self.means[part].flatten(1).to(x), self.variance[part].to(x)
+            v = alpha**2*variance + sigma**2
+            square = torch.cdist(flat, alpha*means)**2 if len(alpha) == 1 else \
+                ((flat[:, None] - alpha[:, :, None]*means)**2).sum(-1)
+            log_w = self.log_weights[part].to(x).expand(len(x), -1)
+            if y is not None:
+                other = (y[:, None] != self.labels[part].to(y)) & (y[:, None] != NO_LABEL)
+                log_w = log_w.masked_fill(other, -torch.inf)
+            yield log_w, -square/(2*v) - flat.shape[1]/2*(2*math.pi*v).log(), means, variance, v
 
     def __call__(self,
         x: Tensor,         # (B, ...) x_t
         t: Tensor,         # (B,) or () times
         y: Tensor = None,  # (B,) int64: believe in components of this label only; NO_LABEL: in all
     ) -> Pred:
-        "Posterior means of image and noise, exactly."
-        log, alpha, v = self._log_joint(x, t, y)
-        r = log.softmax(1)
-        shrink = r*alpha*self.variance/v  # share of x_t in each component's mean
-        x0 = ((r - shrink*alpha) @ self.means.flatten(1)).view_as(x)
-        x0 = x0 + expand(shrink.sum(1), x)*x
-        alpha, sigma = (expand(c, x) for c in self.schedule.alpha_sigma(t))
-        return Pred(x0, (x - alpha*x0)/sigma)
+        "Posterior means of image and noise, exactly; a softmax that streams over the components."
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        row = alpha.to(x).reshape(-1, 1)
+        top = torch.full((len(x), 1), -torch.inf, dtype=x.dtype, device=x.device)
+        total = shrink = mean = 0.
+        for log_w, log_n, means, variance, v in self._chunks(x, t, y):
+            log = log_w + log_n
+            new = torch.maximum(top, log.amax(1, keepdim=True))
+            base = new.clamp(min=-1e30)  # where all is -inf so far, a difference must not be NaN
+            r, keep = (log - base).exp(), (top - base).exp()
+            pull = r*row*variance/v  # share of x_t in each component's mean
+            total = total*keep + r.sum(1, keepdim=True)
+            shrink = shrink*keep + pull.sum(1, keepdim=True)
+            mean, top = mean*keep + (r - pull*row) @ means, new
+        x0 = ((mean + shrink*x.flatten(1))/total).view_as(x)
+        return Pred(x0, (x - expand(alpha, x)*x0)/expand(sigma, x))
 
     def log_prob(self, x: Tensor, t: Tensor, y: Tensor = None) -> Tensor:  # (B,)
-        "log p_t(x), exactly (over a subset of components, where there are labels: unnormalised)."
-        return self._log_joint(x, t, y)[0].logsumexp(1)
+        "log p_t(x) or log p_t(x | y), exactly. At the clean time it needs std > 0."
+        if (self.schedule.alpha_sigma(t)[1] == 0).any() and (self.variance == 0).any():
+            raise ValueError(f"t: found {t.min().item()}, which is clean; single points have no "
+                             "density there: choose a noisier time, or std > 0")
+        logs = [(log_w, log_n) for log_w, log_n, *_ in self._chunks(x, t, y)]
+        log_w = torch.cat([w for w, _ in logs], 1)
+        joint = log_w + torch.cat([n for _, n in logs], 1)
+        return joint.logsumexp(1) - log_w.logsumexp(1)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:  # (n, ...) clean
         "Draw from the data distribution itself."

@@ -22,8 +22,9 @@ from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .config import Config, ConfigError, config_diff, save_config
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, Datasets, create_dataset, create_loader
-from .denoiser import create_denoiser, diffusion_loss, drop_labels
+from .denoiser import create_denoiser, diffusion_loss
 from .ema import EMA
+from .guidance import drop_labels
 from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .plotting import image_grid, plot_metrics, save_film, save_grid
@@ -99,13 +100,15 @@ def loss(self: Trainer, batch: Batch) -> Tensor:  # (B,)
     d, seed = self.cfg.diffusion, self.cfg.training.seed
     x0, at = batch.images.to(self.device, non_blocking=True), batch.positions.to(self.device)
     noise = counter_normal(seed, "noise", at, x0.shape[1:])
-    t = self.denoiser.schedule.sample_timesteps(spread_uniform(seed, at))
+    t = self.denoiser.schedule.sample_timesteps(
+        spread_uniform(seed, at), d.timestep_sampling, d.timestep_mean, d.timestep_std)
     y = self.labels(batch)
     if y is not None:
         hide = self.cfg.training.label_dropout
         y = drop_labels(y, counter_uniform(seed, "label", at)[:, 0], hide)
     with torch.autocast(self.device.type, torch.bfloat16, self.cfg.training.precision == "bf16"):
-        return diffusion_loss(self.denoiser, x0, noise, t, y, d.loss_weighting, d.min_snr_gamma)
+        return diffusion_loss(self.denoiser, x0, noise, t, y, weighting=d.loss_weighting,
+                              gamma=d.min_snr_gamma, bias=d.sigmoid_bias)
 
 # %% ../nbs/13_training.ipynb #cf7493f6
 @patch
