@@ -246,6 +246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'diffusion_model.denoiser': { 'diffusion_model.denoiser.Denoiser': ('denoiser.html#denoiser', 'diffusion_model/denoiser.py'),
                                           'diffusion_model.denoiser.Denoiser.__init__': ( 'denoiser.html#denoiser.__init__',
                                                                                           'diffusion_model/denoiser.py'),
+                                          'diffusion_model.denoiser.Denoiser._at': ( 'denoiser.html#denoiser._at',
+                                                                                     'diffusion_model/denoiser.py'),
                                           'diffusion_model.denoiser.Denoiser.coefs': ( 'denoiser.html#denoiser.coefs',
                                                                                        'diffusion_model/denoiser.py'),
                                           'diffusion_model.denoiser.Denoiser.forward': ( 'denoiser.html#denoiser.forward',

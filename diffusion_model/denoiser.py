@@ -58,7 +58,7 @@ class Denoiser(nn.Module):
             "prediction: found 'eps' with a schedule that ends in pure noise, where the noise says "
             "nothing about the image: choose 'v', 'x0', 'flow' or 'edm'")
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.sigma_data = sigma_data
+        self.sigma_data, self._known = sigma_data, {}
 
     @property
     def num_classes(self) -> int:
@@ -69,6 +69,12 @@ class Denoiser(nn.Module):
         "α, σ, p, q at time t."
         alpha, sigma = self.schedule.alpha_sigma(t)
         return alpha, sigma, *PREDICTIONS[self.prediction](alpha, sigma, self.sigma_data)
+
+    def _at(self, t: Tensor) -> tuple[float, float, float, float]:
+        "The same for one time, as plain numbers: computed once, and known from then on."
+        key = t.item()
+        if key not in self._known: self._known[key] = tuple(c.item() for c in self.coefs(t))
+        return self._known[key]
 
     def output(self, x: Tensor, t: Tensor, y: Tensor = None) -> Tensor:
         "The network's own answer, in x's precision."
@@ -91,7 +97,7 @@ class Denoiser(nn.Module):
         y: Tensor = None,  # (B,) int64 labels, NO_LABEL for none; for networks with classes
     ) -> Pred:
         out = self.output(x, t, y)
-        alpha, sigma, p, q = (expand(c, x) for c in self.coefs(t))
+        alpha, sigma, p, q = (expand(c, x) for c in self.coefs(t)) if t.ndim else self._at(t)
         det = alpha*q - sigma*p
         return Pred((q*x - sigma*out)/det, (alpha*out - p*x)/det)
 

@@ -35,8 +35,8 @@ def ddim_step(
     "One step of DDIM (Song et al. 2021, Eq. 12), on any schedule."
     (alpha, sigma), (a, u) = here, there
     n = eta*u*math.sqrt(max(1 - (alpha*u/(a*sigma))**2, 0.))  # rounding can make it negative
-    x = a*pred.x0 + math.sqrt(max(u*u - n*n, 0.))*pred.eps
-    return x + n*noise if n else x
+    x = (a*pred.x0).add(pred.eps, alpha=math.sqrt(max(u*u - n*n, 0.)))  # a·x̂_0 + …·ε̂
+    return x.add(noise, alpha=n) if n else x
 
 # %% ../nbs/08_sampler.ipynb #177babaf
 def ddpm_step(
@@ -69,7 +69,7 @@ def heun_step(
     first = ddim_step(x, pred, here, there)  # Euler's
     if u == 0: return first
     again, half = believe(first), (u - (a + u)*sigma/(alpha + sigma))/2
-    return first + half*((again.eps - again.x0) - (pred.eps - pred.x0))
+    return first.add((again.eps - again.x0) - (pred.eps - pred.x0), alpha=half)
 
 # %% ../nbs/08_sampler.ipynb #bab97406
 def _stride(here: Level, there: Level) -> float:
