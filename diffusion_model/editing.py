@@ -23,7 +23,7 @@ def image_to_image(
     seed: int = 0,
     **options,              # `sample`'s: solver, y, first, ...
 ) -> Tensor:                # (B, ...) edited images
-    "Noise an image part of the way and walk back (Meng et al. 2022, Algorithm 1). For strength in (0, 1]."
+    "Noise an image part of the way and walk back (Meng et al. 2022, Algorithm 1)."
     if not 0 < strength <= 1: raise ValueError(
         f"strength: found {strength}; allowed: above 0 (keep all) to 1 (keep nothing)")
     grid = denoiser.schedule.grid(steps, spacing)

@@ -101,7 +101,7 @@ def dpmpp_2m_sde_step(
     last: tuple[Pred, Level] = None,
     noise: Tensor = None,  # z ~ N(0, I)
 ) -> Tensor:
-    "The same for the stochastic equation: with fresh noise, as DDPM is to DDIM (Lu et al., App. A)."
+    "The same with fresh noise, as DDPM is to DDIM (Lu et al. 2022, Appendix A)."
     (alpha, sigma), (a, u) = here, there
     if u == 0: return pred.x0
     h = _stride(here, there)
@@ -112,7 +112,7 @@ def dpmpp_2m_sde_step(
 # %% ../nbs/08_sampler.ipynb #1f1177b0
 def unipc_correct(
     x: Tensor, pred: Pred, here: Level,  # where the last step led, and the belief there
-    last: "Step | None",                 # that last step, which knows the one before it
+    last,                                # the Step that led here, and knows its own; None: none did
 ) -> Tensor:                             # the corrected x; the same where there was no step
     "Do the last step over, knowing where it led (Zhao et al. 2023, Algorithm 1: UniC)."
     if last is None or last.here.alpha == 0: return x
@@ -143,7 +143,7 @@ class Churn(NamedTuple):
     noise: float = 1.       # S_noise: standard deviation of the noise
 
     def raised(self, schedule: NoiseSchedule, grid: Tensor) -> Tensor:
-        "The time that each step goes up to before it goes down; as it was, where there is no churn."
+        "The time that each step goes up to before it goes down; its own, where there is no churn."
         alpha, sigma = schedule.alpha_sigma(grid[:-1])
         gamma = min(self.amount/(len(grid) - 1), math.sqrt(2) - 1)
         r = sigma/alpha
