@@ -130,7 +130,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="PATH", required=True,
         help="a run directory (its newest checkpoint), or a checkpoint")
     add("--num_samples", "--num-samples", metavar="N", help="how many images")
-    add("--steps", metavar="N", help="steps for an image; heun and edm call the network twice in each")
+    add("--steps", metavar="N", help="steps for an image (heun, edm: two calls in each)")
     add("--solver", metavar="NAME", help="unipc, dpmpp_2m, dpmpp_2m_sde, heun, edm, euler, ddim, "
         "ddpm or ddpm_beta")
     add("--labels", metavar="A,B", help="class names or numbers, repeated as needed; "
