@@ -126,6 +126,7 @@ class TrainingConfig(_Section):
     "The optimizer and the loop."
     max_steps: int = Field(800_000, ge=1, description="optimizer steps")
     batch_size: int = Field(128, ge=1, description="images a step")
+    accumulation: int = Field(1, ge=1, description="parts a batch is done in: less memory")
     learning_rate: float = Field(2e-4, gt=0, description="peak")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adam", description="torch's")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's β1; momentum of sgd")
@@ -142,7 +143,8 @@ class TrainingConfig(_Section):
     label_dropout: Probability = Field(0.1, description="share of labels hidden, for guidance")
     seed: int = Field(0, ge=0, description="of weights, order, noise, timesteps and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: autocast; fp16 scales the loss")
     channels_last: bool = Field(False, description="memory layout; measure before you choose")
 
 # %% ../nbs/01_config.ipynb #86b3b208
@@ -271,6 +273,9 @@ def _check_labels(model: ModelConfig, data: DataConfig, training: TrainingConfig
         lines.append(
             f"sampling.guidance_scale: found {sampling.guidance_scale}; guidance needs "
             "model.num_classes > 0 and training.label_dropout > 0, otherwise choose 1 (off)")
+    if training.accumulation > training.batch_size: lines.append(
+        f"training.accumulation: found {training.accumulation}; at most training.batch_size = "
+        f"{training.batch_size}, an image in each part")
     if data.dataset == "shapes" and training.batch_size > data.train_size: lines.append(
         f"training.batch_size: found {training.batch_size}, more than data.train_size = "
         f"{data.train_size}: choose at most that")

@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'Average', 'Tracker', 'read_metrics', 'MetricsFile', 'ProgressBar', 'ProgressLines', 'create_console',
-           'TensorBoard', 'WandB', 'Trackers', 'create_trackers', 'git_commit', 'run_metadata', 'record_start']
+           'TensorBoard', 'WandB', 'Trackers', 'create_trackers', 'git_commit', 'run_metadata', 'record_start',
+           'read_status', 'claim']
 
 # %% ../nbs/12_tracking.ipynb #7bf2a940
 import json, math, os, platform, subprocess, sys, time, warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .config import Config
 
@@ -271,3 +276,41 @@ def record_start(run_dir, step: int, device="cpu") -> dict:
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir)/"starts.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
     return row
+
+# %% ../nbs/12_tracking.ipynb #b143b6b0
+def read_status(run_dir) -> dict:  # empty where none was written
+    "What `status.json` says: state, step, max_steps, pid, host, updated, and error if it failed."
+    try: return json.loads((Path(run_dir)/"status.json").read_text())
+    except (FileNotFoundError, ValueError): return {}
+
+
+@contextmanager
+def claim(
+    run_dir,        # made if it is not there
+    max_steps: int,
+) -> Iterator[Callable]:  # tell(state, step): writes `status.json`
+    "Hold a run directory, alone. Raises RuntimeError, saying who does, where another process does."
+    folder, last = Path(run_dir), {"step": 0}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tell(state: str, step: int, **more) -> None:
+        last.update(step=step)
+        row = {"state": state, "step": step, "max_steps": max_steps, "pid": os.getpid(),
+               "host": platform.node(),
+               "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **more}
+        (folder/"status.json.tmp").write_text(json.dumps(row, indent=1) + "\n")
+        os.replace(folder/"status.json.tmp", folder/"status.json")
+
+    lock = FileLock(folder/".lock", timeout=0)
+    try: lock.acquire()
+    except Timeout:
+        who = read_status(folder)
+        raise RuntimeError(
+            f"run directory '{folder}' is in use by process {who.get('pid', 'unknown')} on "
+            f"{who.get('host', 'an unknown host')}, at step {who.get('step', 'unknown')}: wait, "
+            "stop that process, or choose another place by --output_dir") from None
+    try: yield tell
+    except BaseException as error:
+        with suppress(OSError): tell("failed", last["step"], error=str(error) or repr(error))
+        raise
+    finally: lock.release()

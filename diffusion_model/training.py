@@ -29,7 +29,7 @@ from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .plotting import image_grid, plot_metrics, save_film, save_grid
 from .sampler import create_sampler
-from .tracking import create_trackers, read_metrics, record_start
+from .tracking import claim, create_trackers, read_metrics, record_start
 from .unet import create_unet
 
 # %% ../nbs/13_training.ipynb #456217a6
@@ -81,6 +81,8 @@ class Trainer:
         self.ema = EMA(self.network, cfg.training.ema_decay)
         self.ema_denoiser = create_denoiser(cfg.diffusion, self.ema.network)
         self.optimizer = create_optimizer(cfg.training, self.network)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=cfg.training.precision == "fp16")
         self.callbacks = default_callbacks(cfg) if callbacks is None else callbacks
 
     def _check_classes(self):
@@ -106,7 +108,8 @@ def loss(self: Trainer, batch: Batch) -> Tensor:  # (B,)
     if y is not None:
         hide = self.cfg.training.label_dropout
         y = drop_labels(y, counter_uniform(seed, "label", at)[:, 0], hide)
-    with torch.autocast(self.device.type, torch.bfloat16, self.cfg.training.precision == "bf16"):
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.training.precision)
+    with torch.autocast(self.device.type, low, low is not None):
         return diffusion_loss(self.denoiser, x0, noise, t, y, weighting=d.loss_weighting,
                               gamma=d.min_snr_gamma, bias=d.sigmoid_bias)
 
@@ -118,17 +121,25 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     torch.manual_seed(hash((t.seed, self.step)) % 2**63)  # dropout belongs to the step
     lr = learning_rate(self.step, t)
     set_learning_rate(self.optimizer, lr)
-    loss = self.loss(batch).mean()
     self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss = 0.
+    for part in zip(*(v.chunk(t.accumulation) for v in batch)):
+        share = self.loss(Batch(*part)).sum()/len(batch.images)
+        self.scaler.scale(share).backward()
+        loss += share.detach()
+    self.scaler.unscale_(self.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), t.max_grad_norm or math.inf)
     loss, norm = loss.item(), norm.item()
+    if math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1:  # fp16
+        self.scaler.update(self.scaler.get_scale()/2)
+        return self.train_step(batch)
     if not math.isfinite(norm): raise FloatingPointError(
         f"step {self.step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g} (learning "
         f"rate {lr:.3g}, samples {int(batch.positions[0])} to {int(batch.positions[-1])}); the "
         "weights are as they were. Lower training.learning_rate, use precision fp32, or look at "
         "these images")
-    self.optimizer.step()
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
     self.ema.update(self.step)
     self.step += 1
     return {"loss": loss, "lr": lr, "grad_norm": norm}
@@ -146,28 +157,41 @@ def catch_signals(names=("SIGINT", "SIGTERM", "SIGUSR1")):
         for s, handler in old.items(): signal.signal(s, handler)
 
 
+@contextlib.contextmanager
+def _advice(trainer: Trainer):
+    "Say what helps where memory runs out."
+    try: yield
+    except torch.OutOfMemoryError as error:
+        t = trainer.cfg.training
+        raise torch.OutOfMemoryError(
+            f"step {trainer.step}: no memory left on {trainer.device} for batch_size "
+            f"{t.batch_size} in {t.accumulation} part(s); checkpoints are kept. Go on with "
+            f"--resume and --accumulation {2*t.accumulation} (the same result), --precision bf16, "
+            "or choose a smaller network") from error
+
+
 @patch
 def fit(self: Trainer) -> "Trainer":
     "Train up to `max_steps`. A signal stops the run after its step: see `stopped_by`."
     t = self.cfg.training
-    self.run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(self.cfg, self.run_dir/"config.yaml")
-    record_start(self.run_dir, self.step, self.device)
-    self.trackers = create_trackers(self.cfg, self.run_dir, self.step)
-    batches = iter(create_loader(self.datasets.train, t.batch_size, t.seed, self.step,
-                                 num_workers=self.cfg.data.num_workers))
-    self.network.train()
-    try:
-        with catch_signals() as caught:
+    with claim(self.run_dir, t.max_steps) as tell:
+        tell("running", self.step)
+        save_config(self.cfg, self.run_dir/"config.yaml")
+        record_start(self.run_dir, self.step, self.device)
+        self.tell, self.trackers = tell, create_trackers(self.cfg, self.run_dir, self.step)
+        batches = iter(create_loader(self.datasets.train, t.batch_size, t.seed, self.step,
+                                     num_workers=self.cfg.data.num_workers))
+        self.network.train()
+        with contextlib.closing(self.trackers), catch_signals() as caught:
             for callback in self.callbacks: callback.begin(self)
             while self.step < t.max_steps and not (caught or self.stop):
                 start = time.perf_counter()
-                metrics = self.train_step(next(batches))
+                with _advice(self): metrics = self.train_step(next(batches))
                 metrics["seconds"] = time.perf_counter() - start
                 for callback in self.callbacks: callback.after_step(self, metrics)
             self.stopped_by = caught[0] if caught else None
             for callback in self.callbacks: callback.end(self)
-    finally: self.trackers.close()
+        tell("finished" if self.step >= t.max_steps else "stopped", self.step)
     return self
 
 # %% ../nbs/13_training.ipynb #e1cb43de
@@ -176,8 +200,8 @@ def save(self: Trainer) -> Path:
     "Write a checkpoint of this step."
     return save_checkpoint(
         self.run_dir, self.step, self.network, self.ema, self.optimizer, self.cfg,
-        extra={"window": self.window}, classes=self.datasets.classes,
-        keep=self.cfg.logging.keep_checkpoints)
+        extra={"window": self.window, "scaler": self.scaler.state_dict()},
+        classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints)
 
 
 @patch
@@ -194,6 +218,8 @@ def resume(self: Trainer,
     load_weights(self.network, checkpoint.model, checkpoint.path, changes)
     self.ema.load_state_dict(checkpoint.ema)
     restore_optimizer(self.optimizer, checkpoint.trainer["optimizer"])
+    scaler = checkpoint.trainer.get("scaler")
+    if scaler and self.scaler.is_enabled(): self.scaler.load_state_dict(scaler)
     self.window, self.step = list(checkpoint.trainer["window"]), checkpoint.step
     return changes
 
@@ -217,6 +243,7 @@ class Log(Callback):
         values = {"loss": sum(trainer.window)/len(trainer.window), "lr": metrics["lr"],
                   "grad_norm": metrics["grad_norm"], "images_per_second": self.images/self.seconds}
         trainer.trackers.log(trainer.step, values)
+        trainer.tell("running", trainer.step, **values)
         trainer.window.clear()
         self.seconds, self.images = 0., 0
 
