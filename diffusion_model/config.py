@@ -113,6 +113,8 @@ class DataConfig(_Section):
     mean: float = Field(0.5, description="normalisation is (x - mean)/std, for x in [0, 1]")
     std: float = Field(0.5, gt=0, description="0.5 and 0.5 give the range [-1, 1]")
     background: str = Field("white", description="colour under transparent pixels")
+    bad_images: Literal["error", "skip"] = Field(
+        "error", description="files that cannot be read stop the run, or are left out and counted")
     validation_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="of the training images (and of a folder, for test too)")
     train_size: int = Field(50_000, ge=1, description="images, for dataset: shapes")
@@ -125,27 +127,35 @@ class DataConfig(_Section):
 class TrainingConfig(_Section):
     "The optimizer and the loop."
     max_steps: int = Field(800_000, ge=1, description="optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, not max_steps")
     batch_size: int = Field(128, ge=1, description="images a step")
     accumulation: int = Field(1, ge=1, description="parts a batch is done in: less memory")
     learning_rate: float = Field(2e-4, gt=0, description="peak")
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adam", description="torch's")
+    optimizer: Literal["adamw", "adam", "sgd", "lion"] = Field(
+        "adam", description="torch's; lion needs the library lion-pytorch")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's β1; momentum of sgd")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's β2")
     weight_decay: float = Field(0., ge=0, description="not on biases, norms and embeddings")
-    lr_schedule: Literal["constant", "cosine", "step"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "step", "inverse_sqrt"] = Field(
         "constant", description="after the warm-up")
     warmup_steps: int = Field(5000, ge=0, description="linear growth from zero")
     lr_step_size: int = Field(100_000, ge=1, description="steps between falls of lr_schedule: step")
     lr_gamma: float = Field(0.5, gt=0, le=1, description="factor of each fall")
-    min_lr_ratio: float = Field(0., ge=0, le=1, description="end of cosine, share of the peak")
+    min_lr_ratio: float = Field(0., ge=0, le=1, description="end of linear, cosine: share of peak")
     max_grad_norm: float = Field(1., ge=0, description="gradients are clipped to it; 0: off")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the averaged weights; 0: off")
+    ema_sigma_rel: float | None = Field(
+        None, gt=0, lt=0.28, description="width of a power-function average, not ema_decay")
+    ema_more: list[Share] = Field([], description="further decays (or widths), kept beside it")
     label_dropout: Probability = Field(0.1, description="share of labels hidden, for guidance")
     seed: int = Field(0, ge=0, description="of weights, order, noise, timesteps and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast; fp16 scales the loss")
     channels_last: bool = Field(False, description="memory layout; measure before you choose")
+    compile: bool = Field(False, description="torch.compile the network: slow to start")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a better loss; null: never")
 
 # %% ../nbs/01_config.ipynb #86b3b208
 class SamplingConfig(_Section):
@@ -179,6 +189,7 @@ class LoggingConfig(_Section):
     sample_every: int = Field(5000, ge=1, description="steps between grids of samples")
     checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="the newest so many are kept")
+    keep_best: bool = Field(True, description="and the one with the least validation loss")
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="besides metrics.jsonl")
     project: str = Field("diffusion_model", description="name of the W&B project")
     progress: bool = Field(True, description="show a progress bar")
