@@ -258,16 +258,17 @@ def validation_loss(
     images: int = 512,  # at most so many of the validation set
 ) -> float:
     "Mean loss of the averaged weights on held-out images, with fixed noise and times."
-    held, total = trainer.datasets.validation, 0.
+    held, total, count = trainer.datasets.validation, 0., 0
     n = min(images, len(held))
     for at in torch.arange(n).split(trainer.cfg.sampling.sample_batch_size):
-        x0, y = held.batch(at, at)
+        x0, y, at = held.batch(at, at)
         noise = counter_normal(0, "validation", at, x0.shape[1:])
         t = trainer.denoiser.schedule.sample_timesteps(spread_uniform(0, at))
         y = y.to(trainer.device) if trainer.cfg.model.num_classes else None
         batch = (v.to(trainer.device) for v in (x0, noise, t))
         total += diffusion_loss(trainer.ema_denoiser, *batch, y).sum().item()
-    return total/n
+        count += len(at)
+    return total/count
 
 
 class Validate(Callback):
