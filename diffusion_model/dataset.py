@@ -236,7 +236,8 @@ def _image(self: LazySource, i: int) -> Tensor | None:  # None: left out
     if i in self.cache: return self.cache[i]
     try: image = self.load(i)
     except (ValueError, OSError) as error:
-        if not self.skip: raise
+        if not self.skip: raise ValueError(
+            f"{error}, or leave all such out by --data.bad_images skip") from error
         warnings.warn(f"left out, as data.bad_images is skip: {error}")
         self.cache[i] = None
         return None
@@ -268,7 +269,7 @@ def read_image(path, prepare=None):
     except Exception as error:
         size, why = os.path.getsize(path), " ".join(str(error).split())
         raise ValueError(f"{path}: not a readable image ({size} bytes): {why}; repair or remove "
-                         "this file, or leave out all such by --data.bad_images skip") from error
+                         "this file") from error
 
 
 def _visible(folder: Path) -> list[Path]:
