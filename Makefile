@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test notebooks pytest export readme lab docs benchmarks clean
+.PHONY: help setup train test notebooks pytest faults export readme lab docs benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -35,6 +35,9 @@ notebooks: $(READY)  ## Run every notebook as a test
 
 pytest: $(READY)  ## Run the tests and the guard (exports equal notebooks, clean, within size)
 	$(BIN)/python -m pytest
+
+faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ...) and print the table
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault
 
 export: $(READY)  ## Write the package and README.md from the notebooks
 	$(BIN)/nbdev-export

@@ -41,7 +41,7 @@ def main(run="outputs/quickstart", n=256):
     network, cfg = load_network(run)
     sets = create_dataset(cfg.data)
     with torch.enable_grad(): judge = classifier(sets, cfg.data.image_size)
-    x, y = sets.test.batch(torch.arange(4000), torch.arange(4000))
+    x, y, _ = sets.test.batch(torch.arange(4000), torch.arange(4000))
     print(f"classifier on 4,000 held-out images: {(judge(x).argmax(1) == y).float().mean():.2%}")
     y = torch.arange(n) % cfg.model.num_classes
     states = create_sampler(cfg.sampling, *data_range(cfg))

@@ -332,7 +332,8 @@ def validation_losses(
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     mine = torch.arange(world.rank, min(images, len(held)), world.size)
     for at in mine.split(trainer.cfg.sampling.sample_batch_size):
-        x0, y = held.batch(at, at)
+        x0, y, at = held.batch(at, at)
+        if not len(at): continue  # none of them can be read, and data.bad_images is "skip"
         noise, u = counter_normal(0, "validation", at, x0.shape[1:]), spread_uniform(0, at)
         t = trainer.denoiser.schedule.sample_timesteps(
             u, d.timestep_sampling, d.timestep_mean, d.timestep_std)

@@ -135,6 +135,7 @@ def augment(
     positions: Tensor,  # (B,) int64: where each sample stands in the run
 ) -> Tensor:            # float32 (B, C, size, size)
     "The half that a position decides, then the normalisation."
+    if not len(positions): return torch.zeros(0, self.channels, self.size, self.size)
     u = counter_uniform(self.seed, "augment", positions, 2)
     if self.crop == "random": images = random_crop(images, self.size, u[:, 0])
     x = images if isinstance(images, Tensor) else torch.stack(images)

@@ -63,7 +63,7 @@ def test_the_figure_stands_out():
 def test_shapes_through_the_factory():
     sets = create_dataset(config())
     assert [len(s) for s in sets[:3]] == [40, 10, 10] and sets.classes == list(Shapes.classes)
-    images, labels = sets.train.batch(torch.arange(4), torch.arange(4))
+    images, labels, _ = sets.train.batch(torch.arange(4), torch.arange(4))
     assert images.dtype == torch.float32 and -1 <= images.min() < images.max() <= 1
     image, label = sets.train[3]
     assert torch.equal(image, images[3]) and label == labels[3]
@@ -77,7 +77,7 @@ def test_folder_with_classes(folder):
     sets = create_dataset(config(dataset="folder", root=str(folder), validation_fraction=0.2))
     assert sets.classes == ["cats", "dogs"] and sum(len(s) for s in sets[:3]) == 9
     assert all(len(s) for s in sets[:3])
-    images, labels = sets.train.batch(torch.arange(len(sets.train)), torch.arange(len(sets.train)))
+    images, labels, _ = sets.train.batch(torch.arange(len(sets.train)), torch.arange(len(sets.train)))
     assert images.shape[1:] == (3, 16, 16) and set(labels.tolist()) <= {0, 1}
 
 
@@ -132,7 +132,7 @@ def test_missing_files(tmp_path):
 def test_real_torchvision(name):
     sets = create_dataset(config(dataset=name, root=str(REAL), channels=1, image_size=32))
     assert [len(s) for s in sets[:3]] == [57_000, 3_000, 10_000] and len(sets.classes) == 10
-    images, labels = sets.test.batch(torch.arange(8), torch.arange(8))
+    images, labels, _ = sets.test.batch(torch.arange(8), torch.arange(8))
     assert images.shape == (8, 1, 32, 32) and images.min() < -0.9 and images.max() > 0.5
 
 
@@ -140,7 +140,7 @@ def test_real_torchvision(name):
 def test_real_folder():
     sets = create_dataset(config(dataset="folder", root=str(REAL/"noto-emoji"/"72"), image_size=32))
     assert sum(len(s) for s in sets[:3]) == 3583 and sets.classes is None
-    images, _ = sets.train.batch(torch.arange(8), torch.arange(8))
+    images, _, _ = sets.train.batch(torch.arange(8), torch.arange(8))
     assert (images[:, :, 0, 0] > 0.9).all()  # transparent corners became white
 
 
@@ -263,7 +263,7 @@ def test_sets_without_an_array_are_read_item_by_item():
         def __getitem__(self, i): return Image.new("L", (7, 9), 100*i), self._samples[i][1]
     transform = create_transform(config())
     source = dataset._source(Items(), transform)
-    images, labels = ImageSet(source, transform).batch(torch.tensor([1, 0]))
+    images, labels, _ = ImageSet(source, transform).batch(torch.tensor([1, 0]))
     assert labels.tolist() == [0, 1] and source.classes == ["0", "1"]
     assert [round(x.item()) for x in (images.mean((1, 2, 3)) + 1)*127.5] == [100, 0]
 
