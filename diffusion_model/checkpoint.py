@@ -154,7 +154,7 @@ def _ranked(folders: list[Path]) -> list[Path]:
     scores = {p: s for p in folders if (s := _score(p)) is not None}
     return sorted(scores, key=lambda p: -scores[p])
 
-
+# %% ../nbs/11_checkpoint.ipynb #63e8fd10
 def prune_checkpoints(
     path,                    # a run directory, or its checkpoints directory
     keep: int,               # how many to keep, the newest; 0: all
@@ -191,7 +191,7 @@ def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
-
+# %% ../nbs/11_checkpoint.ipynb #1d9f6b27
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
           torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
           torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -292,7 +292,7 @@ def _install(unfinished: Path, final: Path) -> None:
     "Give a finished folder its name. What had the name until now is kept aside as `.old`."
     aside = final.with_name(final.name + ".old")
     if final.is_dir():  # a folder cannot be renamed onto a full one
-        if aside.is_dir(): _remove(final)  # of the two, the older one is on the disk for certain
+        if aside.is_dir(): _remove(final)  # the older one has had time to reach the disk
         else: final.replace(aside)
     unfinished.replace(final)
 
@@ -354,7 +354,8 @@ def _averages(ema) -> dict[str, Mapping]:
     if ema is None: return {}
     several = isinstance(ema, Mapping) and not any(isinstance(v, Tensor) for v in ema.values())
     named = dict(ema) if several else {"ema": ema}
-    if named and "ema" not in named or not all(_AVERAGE.fullmatch(f"{name}.safetensors") for name in named):
+    valid = all(_AVERAGE.fullmatch(f"{name}.safetensors") for name in named)
+    if named and not (valid and "ema" in named):
         raise ValueError(f"ema: found averages named {', '.join(map(repr, named))}; the main one "
                          "is 'ema', others are 'ema_' and letters, digits, points: 'ema_0.999'")
     return {name: _state(average) for name, average in named.items()}
@@ -452,7 +453,7 @@ def _read_trainer(path: Path, device) -> dict:
         raise CheckpointError(f"{path} is refused: it is damaged, or holds more than tensors and "
                               f"plain values, and so could run code ({error})") from None
 
-# %% ../nbs/11_checkpoint.ipynb #1c3aa8b2
+# %% ../nbs/11_checkpoint.ipynb #ab04e7c9
 class _Lazy(Mapping):
     "A dict whose values are read when they are first asked for."
     def __init__(self, names, read): self.names, self.read = names, cache(read)
@@ -463,7 +464,7 @@ class _Lazy(Mapping):
         if name not in self.names: raise KeyError(name)
         return self.read(name)
 
-
+# %% ../nbs/11_checkpoint.ipynb #1c3aa8b2
 class Checkpoint:
     "A checkpoint on disk. Each part is read when it is first asked for."
 
