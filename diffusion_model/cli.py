@@ -8,12 +8,14 @@ __all__ = ['train_parser', 'train', 'train_command', 'sample_parser', 'parse_lab
 # %% ../nbs/17_cli.ipynb #68154043
 import argparse
 import difflib
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
 
-from .config import ConfigError, config_help, list_configs, load_config
+from .config import (
+    ConfigError, config_help, list_configs, load_config, load_saved_config)
 
 # %% ../nbs/17_cli.ipynb #05615166
 def _guarded(
@@ -22,14 +24,16 @@ def _guarded(
     argv: list[str],
 ) -> int:              # exit code: 0 well, 2 refused, 1 failed on the way
     "Run a command; turn errors into lines on standard error."
-    debug = "--debug" in argv
-    complain = lambda kind, line: print(f"{parser.prog}: {kind}: {line}", file=sys.stderr)
+    debug, rank = "--debug" in argv, int(os.environ.get("RANK", 0))
+    name = parser.prog + (f" (process {rank})" if rank else "")
+    complain = lambda kind, line: print(f"{name}: {kind}: {line}", file=sys.stderr)
     warnings.showwarning = lambda message, *_: complain("warning", message)
     try: return work(*parser.parse_known_args([a for a in argv if a != "--debug"])) or 0
     except (ValueError, FileNotFoundError) as error: code, problem = 2, error
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
+    if rank and isinstance(problem, ConfigError): return code  # the main process says the same
     if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
     for line in str(problem).splitlines(): complain("error", line)
     return code
@@ -45,7 +49,8 @@ def train_parser() -> argparse.ArgumentParser:
                "other section has the field, as --field VALUE:\n" + config_help() +
                "\n\nexamples:\n  diffusion-train --config quickstart\n"
                "  diffusion-train --config fashion_mnist --data.root ~/data --max_steps 2000\n"
-               "  diffusion-train --resume outputs/quickstart --max_steps 3000")
+               "  diffusion-train --resume outputs/quickstart --max_steps 3000\n"
+               "  torchrun --nproc_per_node 2 -m diffusion_model.train --config cifar10 --resume")
     parser.add_argument(
         "--config", metavar="NAME", help=f"a shipped config ({', '.join(list_configs())}) or "
         "the path of a YAML file; default: default, or the resumed run's own")
@@ -72,7 +77,7 @@ def _train_config(args, overrides):
     own = path and path/"config.yaml"
     name = args.config or (own if own and own.is_file() else "default")
     if path and not args.config: overrides = [f"--output_dir={_run_of(path)}", *overrides]
-    cfg = load_config(name, overrides)
+    cfg = load_config(name, overrides) if name != own else load_saved_config(own, overrides)[0]
     run = Path(cfg.logging.output_dir)
     holds_run = any((run/"checkpoints").glob("step_*"))
     steps = [p.name for p in run.glob("checkpoints/step_????????")]
@@ -91,22 +96,28 @@ def train(args, overrides) -> int:
     cfg, path = _train_config(args, overrides)
     from diffusion_model.training import Trainer  # torch comes only once the config is right
     trainer = Trainer(cfg)
+    run, world = trainer.run_dir, trainer.world
+    say = print if world.main else lambda *_: None
     if path:
-        for field, (then, now) in trainer.resume(path).items():
-            print(f"{field}: {then!r} -> {now!r}")
-        print(f"resumed at step {trainer.step}")
+        changes = trainer.resume(path)
+        for note in trainer.notes: say(note)
+        for field, (then, now) in changes.items(): say(f"{field}: {then!r} -> {now!r}")
+        say(f"resumed at step {trainer.step}")
     size = sum(p.numel() for p in trainer.network.parameters())
-    print(f"{size:,} parameters on {trainer.device}; {len(trainer.datasets.train):,} training "
-          f"images; run directory {trainer.run_dir}")
-    if trainer.step >= cfg.training.max_steps:
-        print(f"already trained for {trainer.step} steps; --max_steps takes it further")
+    say(f"{size:,} parameters on {trainer.device}"
+        + (f", in {world.size} processes" if world.size > 1 else "")
+        + f"; {len(trainer.datasets.train):,} training images; run directory {run}")
+    if trainer.step >= trainer.cfg.training.max_steps:
+        say(f"already trained for {trainer.step} steps; --max_steps takes it further")
     else: trainer.fit()
+    world.close()
     if trainer.stopped_by:
-        print(f"stopped at step {trainer.step}, and saved; go on with: "
-              f"diffusion-train --resume {trainer.run_dir}")
+        say(f"stopped at step {trainer.step}, and saved; go on with: "
+            f"diffusion-train --resume {run}")
         return 128 + trainer.stopped_by
-    print(f"samples: {trainer.run_dir}/samples; "
-          f"more: diffusion-sample --checkpoint {trainer.run_dir}")
+    if trainer.stop: say(f"stopped at step {trainer.step}: no better validation loss since "
+                         f"{trainer.cfg.training.patience} validations")
+    say(f"samples: {run}/samples; more: diffusion-sample --checkpoint {run}")
     return 0
 
 
@@ -129,6 +140,8 @@ def sample_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", required=True,
         help="a run directory (its newest checkpoint), or a checkpoint")
+    add("--best", action="store_true",
+        help="the run's checkpoint with the least validation loss, instead of its newest")
     add("--num_samples", "--num-samples", metavar="N", help="how many images")
     add("--steps", metavar="N", help="steps for an image (heun, edm: two calls in each)")
     add("--solver", metavar="NAME", help="unipc, dpmpp_2m, dpmpp_2m_sde, heun, edm, euler, ddim, "
@@ -171,28 +184,6 @@ def parse_labels(
     return [labels[i % len(labels)] for i in range(n)]
 
 # %% ../nbs/17_cli.ipynb #9a2c8d05
-def _draw(cfg, network, labels, seed, device, keep_film):
-    "All samples, in batches; the frames of the first sixteen."
-    import torch
-    from tqdm.auto import tqdm
-    from diffusion_model.denoiser import create_denoiser
-    from diffusion_model.sampler import create_sampler
-    from diffusion_model.training import data_range, denormalise
-    s, size = cfg.sampling, (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-    denoiser = create_denoiser(cfg.diffusion, network)
-    sampler, images, film = create_sampler(s, *data_range(cfg)), [], []
-    starts = range(0, s.num_samples, s.sample_batch_size)
-    with tqdm(total=len(starts)*s.steps, unit="step", disable=not sys.stderr.isatty()) as bar:
-        for first in starts:
-            n = min(s.sample_batch_size, s.num_samples - first)
-            y = None if labels is None else torch.tensor(labels[first:first + n])
-            for state in sampler(denoiser, (n, *size), y=y, seed=seed, first=first, device=device):
-                if state.step: bar.update()
-                if keep_film and first == 0: film.append(denormalise(cfg, state.x[:16]).cpu())
-            images.append(denormalise(cfg, state.x).cpu())
-    return torch.cat(images), film
-
-
 def draw_samples(args, overrides) -> int:
     "Sample, as the command line says."
     path = Path(args.checkpoint)
@@ -200,28 +191,32 @@ def draw_samples(args, overrides) -> int:
         f"--checkpoint: no such checkpoint or run: '{path}'; name a run directory, for example "
         "outputs/quickstart")
     from diffusion_model.checkpoint import load_checkpoint, load_network
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, best=args.best)
     folder = checkpoint.path
     given = {k: v for k in ("num_samples", "steps", "solver", "guidance_scale")
              if (v := getattr(args, k)) is not None}
     overrides = [f"--sampling.{k}={v}" for k, v in given.items()] + overrides
-    cfg = load_config(folder/"config.yaml", overrides)
+    cfg, _ = load_saved_config(folder/"config.yaml", overrides)
     s = cfg.sampling
     labels = parse_labels(args.labels, checkpoint.classes, cfg.model.num_classes, s.num_samples)
+    from diffusion_model.denoiser import create_denoiser
     from diffusion_model.plotting import save_film, save_grid
-    from diffusion_model.training import pick_device
+    from diffusion_model.processes import pick_device
+    from diffusion_model.training import draw_images
     device = pick_device(cfg.training.device)
     network, _ = load_network(checkpoint, device=device)
     out = Path(args.output_dir or _run_of(folder)/"samples"/
                f"{folder.name}_{s.solver}_{s.steps}_seed_{args.seed}")
     out.mkdir(parents=True, exist_ok=True)
-    images, film = _draw(cfg, network, labels, args.seed, device, args.film)
+    images, film = draw_images(
+        cfg, create_denoiser(cfg.diffusion, network), s.num_samples, labels, args.seed,
+        keep=16 if args.film else 0, progress=sys.stderr.isatty())
     for i, image in enumerate(images):
         named = labels and checkpoint.classes and labels[i] >= 0
         name = "_" + re.sub(r"\W+", "-", checkpoint.classes[labels[i]]) if named else ""
         save_grid(image, out/f"{i:05d}{name}.png", pad=0)
     save_grid(images, out/"grid.png")
-    if film: save_film(film, out/"film.gif", scale=3)
+    if args.film: save_film(film, out/"film.gif", scale=3)
     print(f"{len(images)} images and grid.png in {out}")
     return 0
 

@@ -30,17 +30,26 @@ def parameter_groups(
     return [g for g in groups if g["params"]]
 
 # %% ../nbs/09_optimizer.ipynb #1d1b962e
+def _progress(step: int, start: int, training) -> float:
+    "The share of the way from the end of the warm-up to `max_steps`, in [0, 1]."
+    return min(1., max(0., (step - start)/max(1, training.max_steps - start)))
+
+
+def _linear(step: int, start: int, training) -> float:
+    "A straight line from 1, where the warm-up ends, to `min_lr_ratio` at `max_steps`."
+    return 1 - (1 - training.min_lr_ratio)*_progress(step, start, training)
+
+
 def _cosine(step: int, start: int, training) -> float:
-    "Half a cosine from 1, where the warm-up ends, to `min_lr_ratio` at `max_steps`."
-    done = min(1., max(0., (step - start)/max(1, training.max_steps - start)))
+    "Half a cosine between the same two ends."
     low = training.min_lr_ratio
-    return low + (1 - low)*(1 + math.cos(math.pi*done))/2
+    return low + (1 - low)*(1 + math.cos(math.pi*_progress(step, start, training)))/2
 
 
 LR_SCHEDULES = {  # name -> factor(step, end of warm-up, training)
-    "constant": lambda step, start, training: 1.,
-    "cosine": _cosine,
+    "constant": lambda step, start, training: 1., "linear": _linear, "cosine": _cosine,
     "step": lambda step, start, training: training.lr_gamma**(step//training.lr_step_size),
+    "inverse_sqrt": lambda step, start, training: (max(1, start)/max(1, start, step))**0.5,
 }
 
 # %% ../nbs/09_optimizer.ipynb #0dbb8f8f
@@ -64,13 +73,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         else: group["lr"] = lr
 
 # %% ../nbs/09_optimizer.ipynb #dccf6640
+def _lion(groups: list[dict], fused, **settings):  # the library has no fused form
+    "Lion (Chen et al. 2023, Algorithm 2) of the library lion-pytorch."
+    try: from lion_pytorch import Lion
+    except ImportError as error:
+        raise ImportError("training.optimizer is 'lion', which needs the library lion-pytorch: "
+                          "pip install 'diffusion_model[lion]', or choose adamw") from error
+    return Lion(groups, **settings)
+
+
+def _betas(training) -> dict: return dict(betas=(training.beta1, training.beta2))
+
+
 OPTIMIZERS = {  # name -> (class, arguments from the config)
-    "adamw": (torch.optim.AdamW, lambda c: dict(betas=(c.beta1, c.beta2))),
-    "adam": (torch.optim.Adam, lambda c: dict(betas=(c.beta1, c.beta2))),
-    "sgd": (torch.optim.SGD, lambda c: dict(momentum=c.beta1)),
+    "adamw": (torch.optim.AdamW, _betas), "adam": (torch.optim.Adam, _betas),
+    "sgd": (torch.optim.SGD, lambda training: dict(momentum=training.beta1)),
+    "lion": (_lion, _betas),
 }
 
-
+# %% ../nbs/09_optimizer.ipynb #77e49e4c
 def create_optimizer(
     training,            # a `TrainingConfig`
     network: nn.Module,  # already on its device
@@ -90,10 +111,15 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     state: dict,  # what `optimizer.state_dict()` gave when it was saved
 ) -> None:
-    "Take over the saved moments, but keep the settings of this run's config."
-    here = optimizer.state_dict()["param_groups"]
-    saved = [len(g["params"]) for g in state["param_groups"]]
-    if saved != [len(g["params"]) for g in here]:
-        raise ValueError(f"the saved optimizer holds groups of {saved} parameters, this one of "
-                         f"{[len(g['params']) for g in here]}: another network or optimizer")
+    "Take over the saved moments, but keep the settings of this run's config. Raises ValueError."
+    here, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    sizes = [[len(g["params"]) for g in groups] for groups in (saved, here)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the saved optimizer holds groups of {sizes[0]} parameters, this one of "
+                         f"{sizes[1]}: another network or optimizer")
+    kinds = [[k for k in ("betas", "eps", "momentum") if k in g[0]] for g in (saved, here)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the saved optimizer has {' and '.join(kinds[0])}, this one "
+                         f"{' and '.join(kinds[1])}: put training.optimizer back as it was, or "
+                         "start another run")
     optimizer.load_state_dict({"state": state["state"], "param_groups": here})

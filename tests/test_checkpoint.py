@@ -1,6 +1,6 @@
 "Checkpoints under fault: kills, full disks, damage, malice, wrong paths and wrong networks."
-import errno, hashlib, io, json, os, random, shutil, signal, subprocess, sys
-import textwrap, time, warnings
+import errno, hashlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys
+import textwrap, threading, time, warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from torch import nn
 import diffusion_model.checkpoint as module
 from diffusion_model.checkpoint import (Checkpoint, CheckpointError, find_checkpoint,
                                         list_checkpoints, load_checkpoint, load_network,
-                                        load_weights, prune_checkpoints, save_checkpoint)
+                                        load_weights, prune_checkpoints, save_checkpoint,
+                                        wait_for_checkpoints)
 from diffusion_model.config import config_diff, load_config
 from diffusion_model.ema import EMA
 from diffusion_model.optimizer import create_optimizer
@@ -35,15 +36,36 @@ class Run:
         self.optimizer.step()
         self.ema.update(0)
 
-    def save(self, step, **kwargs):
-        return save_checkpoint(self.root, step, self.network, self.ema, self.optimizer, self.config,
-                               **kwargs)
+    def save(self, step, wait=True, **kwargs):
+        path = save_checkpoint(self.root, step, self.network, kwargs.pop("ema", self.ema),
+                               self.optimizer, self.config, **kwargs)
+        if wait: wait_for_checkpoints()
+        return path
 
     def names(self): return sorted(os.listdir(self.root/"checkpoints"))
 
 
 @pytest.fixture
 def run(tmp_path): return Run(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    yield
+    wait_for_checkpoints()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    "The background work of saves waits until this event is set (at the latest when the test ends)."
+    go, real = threading.Event(), module._settle
+    def settle(*args):
+        assert go.wait(60)
+        real(*args)
+    monkeypatch.setattr(module, "_settle", settle)
+    yield go
+    go.set()
+    wait_for_checkpoints()
 
 
 def flip(path, place=-1, bit=1):
@@ -129,16 +151,28 @@ SAVER = textwrap.dedent("""
     sys.path.insert(0, {tests!r})
     import diffusion_model.checkpoint as module
     from test_checkpoint import Run
-    write, replace, rmtree = module._write, module.Path.replace, module.shutil.rmtree
+    entry, replace, rmtree = module._entry, module.Path.replace, module.shutil.rmtree
+    install, sync, sha256 = module._install, module._sync, module._sha256
     module.torch.set_num_threads(1)                   # a fork has no threads
 
     def die(): os.kill(os.getpid(), signal.SIGKILL)
-    def dying_write(path, data):
-        if path.name != moment: return write(path, data)
-        path.write_bytes(bytes(data)[:len(data)//2])
+    def dying_entry(path):
+        if path.name != moment: return entry(path)
+        os.truncate(path, path.stat().st_size//2)
         die()
+    def dying_install(unfinished, final):
+        if moment == "manifest.json":
+            os.truncate(unfinished/moment, 100)
+            die()
+        install(unfinished, final)
+    def dying_sync(path):
+        if moment == "synced": die()
+        sync(path)
+    def dying_sha256(path):
+        if moment == "hashed": die()
+        return sha256(path)
     def dying_replace(self, target):
-        if moment == "before rename": die()
+        if moment == "before rename" or moment == self.name: die()
         done = replace(self, target)
         if moment == "after rename": die()
         return done
@@ -148,10 +182,11 @@ SAVER = textwrap.dedent("""
         die()
 
     def save_for_ever(run):
-        module._write, module.Path.replace = dying_write, dying_replace
+        module._entry, module._install, module.Path.replace = dying_entry, dying_install, dying_replace
+        module._sync, module._sha256 = dying_sync, dying_sha256
         module.shutil.rmtree, step = dying_rmtree, 2
         while True:
-            run.save(step, keep=1)
+            run.save(step, keep=1, wait=moment != "never")
             step += 1
 
     for moment in sys.argv[1:]:
@@ -162,7 +197,8 @@ SAVER = textwrap.dedent("""
         if (child := os.fork()) == 0: save_for_ever(run)
         print(os.waitpid(child, 0)[1], flush=True)
 """)
-MOMENTS = [*FILES, "before rename", "after rename", "deleting"]
+AFTER = ["after rename", "synced", "hashed", "manifest.tmp", "deleting"]
+MOMENTS = [*FILES, "before rename", *AFTER]
 
 
 def saver(tmp_path, *moments):
@@ -186,7 +222,7 @@ def killed(tmp_path_factory):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_between_and_inside_files(killed, moment):
     found = load_checkpoint(killed/moment/"run")
-    assert found.step == (2 if moment in ("after rename", "deleting") else 1)
+    assert found.step == (2 if moment in AFTER else 1)
     assert found.trainer["optimizer"]["state"]
     run = Run(killed/moment)
     if moment in FILES: assert run.names() == ["step_00000001", "step_00000002.tmp"]
@@ -232,7 +268,7 @@ def test_a_step_saved_again_replaces_the_old_one(run):
 
 @pytest.mark.parametrize("moment", [0, 1])
 def test_killed_while_a_step_is_replaced(run, monkeypatch, moment):
-    "Between the two renames only `.old` has the step; after them both do."
+    "Between the two renames only `.old` has the step; after them both do, until all is on the disk."
     run.save(1, classes=["old"])
     real, calls = Path.replace, []
     def replace(self, target):
@@ -240,7 +276,7 @@ def test_killed_while_a_step_is_replaced(run, monkeypatch, moment):
         calls.append(1)
         return real(self, target)
     monkeypatch.setattr(module.Path, "replace", replace)
-    with pytest.raises(SystemExit): run.save(1, classes=["new"])
+    with pytest.raises((SystemExit, CheckpointError)): run.save(1, classes=["new"])
     monkeypatch.undo()
     assert load_checkpoint(run.root).classes == [["old"], ["new"]][moment]
     run.save(2)
@@ -266,23 +302,46 @@ def test_too_little_room_is_seen_before_writing(run, monkeypatch):
 
 @pytest.mark.fault(5)
 def test_the_disk_fills_up_while_writing(run, monkeypatch):
-    def full(path, data):
-        if path.name == "trainer.pt": raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, data)
-    write = module._write
-    monkeypatch.setattr(module, "_write", full)
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(module, "_write_trainer", full)
     with pytest.raises(OSError, match="No space left on device.*last good: none"): run.save(1)
     assert run.names() == []
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("limit", [20_000, 80_000])       # the weights are too large, the moments are
+def test_a_file_size_limit(tmp_path, limit):
+    "A real limit of the operating system, in a process of its own."
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_checkpoint import Run
+run = Run({str(tmp_path)!r})
+run.save(1)
+files = {{p.name: p.stat().st_size for p in next((run.root/"checkpoints").iterdir()).iterdir()}}
+assert 20_000 < files["model.safetensors"] < 80_000 < files["trainer.pt"]
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try: run.save(2, keep=1)
+except OSError as error: print(error)
+print(run.names())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "last good: step 1" in done.stdout and "File too large" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "['step_00000001']"
 
 
 # -- faults 8 and 9: damage
 
 @pytest.mark.fault(8)
+@pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["cut", "empty", "flipped", "longer", "missing"])
-def test_damage_is_found_and_named(run, name, kind):
+def test_damage_is_found_and_named(run, name, kind, settled, monkeypatch):
+    "By the hash, and by the sums of pages that a checkpoint is born with."
     run.save(1)
+    if not settled: monkeypatch.setattr(module, "_settle", lambda *_: None)
     path = run.save(2)/name
+    assert settled != ("pages" in (path.parent/"manifest.json").read_text())
     size = path.stat().st_size
     if kind == "cut": os.truncate(path, size//2)
     elif kind == "empty": os.truncate(path, 0)
@@ -333,7 +392,8 @@ def test_a_later_format_is_refused_by_name(run):
 
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("files", [
-    {}, {"../../secret": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {"bytes": 1, "sha256": ""}}])
+    {}, {"../../secret": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {"bytes": 1, "sha256": ""}},
+    {"ema_/../../x.safetensors": {"bytes": 1, "sha256": ""}}])
 def test_a_manifest_must_name_the_needed_files_and_no_others(run, files):
     path = run.save(1)
     manifest = json.loads((path/"manifest.json").read_text())
@@ -475,6 +535,271 @@ def test_prune_never_deletes_what_was_just_saved(run):
     for step in (1, 5, 6): run.save(step)
     run.save(2, keep=1)
     assert load_checkpoint(run.root/"checkpoints"/"step_00000002").step == 2
+
+
+# -- the best
+
+def test_pruning_keeps_the_best_of_all_that_ever_were(run):
+    scores = [0.5, 0.2, 0.3, None, 0.4, 0.25, math.nan, 0.3]
+    for step, score in enumerate(scores, 1):
+        run.save(step, keep=2, score=score)
+        names = {step, max(step - 1, 1), scores.index(min(s for s in scores[:step] if s == s and s)) + 1}
+        assert run.names() == [f"step_{n:08d}" for n in sorted(names)], step
+    found = load_checkpoint(run.root, best=True)
+    assert (found.step, found.score) == (2, 0.2)
+    assert load_checkpoint(run.root).step == 8 and load_checkpoint(run.root).score == 0.3
+    run.save(9, keep=1, keep_best=False, score=0.9)
+    assert run.names() == ["step_00000009"]
+
+
+def test_of_equals_the_newest_is_the_best(run):
+    for step in (1, 2, 3): run.save(step, score=0.5)
+    assert find_checkpoint(run.root, best=True).name == "step_00000003"
+    prune_checkpoints(run.root, 1)
+    assert run.names() == ["step_00000003"]
+
+
+def test_a_damaged_best_is_told_and_the_next_best_taken(run):
+    for step, score in ((1, 0.3), (2, 0.1), (3, 0.2), (4, 0.4)): run.save(step, score=score)
+    flip(run.root/"checkpoints"/"step_00000002"/"model.safetensors")
+    flip(run.root/"checkpoints"/"step_00000003"/"manifest.json")
+    with pytest.warns(UserWarning) as told: assert load_checkpoint(run.root, best=True).step == 1
+    assert [w for w in told if "step_00000002/model" in str(w.message)]
+    assert [w for w in told if "step_00000003/manifest" in str(w.message)]
+
+
+def test_without_a_score_there_is_no_best(run):
+    path = run.save(1)
+    run.save(2, score=math.nan)
+    with pytest.raises(CheckpointError, match="no checkpoint in .*run was saved with a validation loss"):
+        load_checkpoint(run.root, best=True)
+    with pytest.raises(CheckpointError, match="step_00000001 is one step.*pass .*checkpoints"):
+        load_checkpoint(path, best=True)
+
+
+# -- several averages
+
+def test_several_averages(run):
+    more = EMA(run.network, 0.5)
+    with torch.no_grad(): more.network.conv_in.weight += 1
+    path = run.save(1, ema={"ema": run.ema, "ema_0.999": more, "ema_x": more.state_dict()})
+    assert {"ema.safetensors", "ema_0.999.safetensors", "ema_x.safetensors"} < set(os.listdir(path))
+    found = load_checkpoint(path)
+    assert list(found.emas) == ["ema", "ema_0.999", "ema_x"]
+    assert found.ema.keys() == run.network.state_dict().keys()
+    for name, average in (("ema", run.ema), ("ema_0.999", more), (True, run.ema)):
+        network, _ = load_network(path, ema=name)
+        assert torch.equal(network.conv_in.weight, average.network.conv_in.weight)
+    with pytest.raises(CheckpointError, match="no average 'ema_0.9'; it has ema, ema_0.999, ema_x"):
+        load_network(path, ema="ema_0.9")
+    flip(path/"ema_0.999.safetensors")
+    with pytest.raises(CheckpointError, match="ema_0.999.safetensors"): load_checkpoint(path)
+
+
+def test_averages_are_read_only_when_asked_for(run):
+    path = run.save(1, ema={"ema": run.ema, "ema_0.9": run.ema})
+    found = load_checkpoint(path)
+    (path/"ema_0.9.safetensors").unlink()
+    assert found.ema is not None and found.emas.get("other") is None
+    with pytest.raises(FileNotFoundError): found.emas["ema_0.9"]
+
+
+def test_no_average(run):
+    for step, none in enumerate((None, {})):
+        found = load_checkpoint(run.save(step, ema=none))
+        assert found.ema is None and dict(found.emas) == {}
+    with pytest.raises(CheckpointError, match="it has none, and the trained"): load_network(found, ema="ema")
+
+
+@pytest.mark.parametrize("names", [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"], ["ema", "ema_"]])
+def test_names_of_averages(run, names):
+    with pytest.raises(ValueError, match="the main one is 'ema'"): run.save(1, ema={n: run.ema for n in names})
+    assert run.names() == []
+
+
+# -- what goes on while training does
+
+def test_a_save_returns_a_whole_checkpoint_before_it_is_durable(run, held):
+    for step in (1, 2): (held.set(), run.save(step), held.clear())
+    path = run.save(3, wait=False, keep=1)
+    assert load_checkpoint(run.root).step == 3 and load_checkpoint(path).trainer["optimizer"]
+    assert len(run.names()) == 3                                     # nothing is deleted before
+    held.set()
+    wait_for_checkpoints()
+    assert run.names() == ["step_00000003"]
+    entry = load_checkpoint(path).files["model.safetensors"]
+    assert entry == {"bytes": (path/"model.safetensors").stat().st_size,
+                     "sha256": hashlib.sha256((path/"model.safetensors").read_bytes()).hexdigest()}
+
+
+def test_order_of_what_a_power_cut_can_tell_apart(run, monkeypatch):
+    "Files, their folder and its parent are synced, then hashed, then older ones deleted."
+    run.save(1)
+    events, sync, sha256, remove = [], module._sync, module._sha256, module._remove
+    for name, real in (("_sync", sync), ("_sha256", sha256), ("_remove", remove)):
+        def seen(path, name=name, real=real):
+            events.append((name, path.name))
+            return real(path)
+        monkeypatch.setattr(module, name, seen)
+    path = run.save(2, keep=1)
+    files = ["model.safetensors", "ema.safetensors", "trainer.pt", "config.yaml"]
+    assert events == [*(("_sync", n) for n in (*files, "manifest.json", path.name, "checkpoints")),
+                      *(("_sha256", n) for n in files), ("_sync", "manifest.tmp"), ("_sync", path.name),
+                      ("_remove", "step_00000001")]
+
+
+@pytest.mark.parametrize("fails", ["_sync", "_sha256", "prune_checkpoints"])
+def test_a_failure_in_the_background_is_told_and_deletes_nothing(run, monkeypatch, fails):
+    run.save(1)
+    def fail(*_): raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as broken:
+        broken.setattr(module, fails, fail)
+        run.save(2, wait=False, keep=1)                    # is written all the same
+        with pytest.raises(CheckpointError, match="step_00000002 was written.*not safe.*Input/output"):
+            wait_for_checkpoints()
+        run.save(3, wait=False, keep=1)
+        with pytest.raises(CheckpointError, match="step_00000003 was written"): run.save(4, wait=False, keep=1)
+        with pytest.raises(CheckpointError, match="step_00000004"): wait_for_checkpoints()
+        wait_for_checkpoints()                             # told once
+    assert len(run.names()) == 4 and load_checkpoint(run.root).step == 4
+    run.save(5, keep=1)
+    assert run.names() == ["step_00000005"]
+
+
+def test_damage_before_the_hash_is_not_sealed_by_it(run, held):
+    path = run.save(1, wait=False)
+    flip(path/"model.safetensors")
+    held.set()
+    with pytest.raises(CheckpointError, match="model.safetensors.*damaged"): wait_for_checkpoints()
+    with pytest.raises(CheckpointError, match="model.safetensors"): load_checkpoint(path)
+
+
+def test_a_checkpoint_deleted_by_hand_needs_no_disk(run, held):
+    path = run.save(1, wait=False)
+    shutil.rmtree(path)
+    held.set()
+    wait_for_checkpoints()
+
+
+def test_a_process_ends_only_after_its_last_save(tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import diffusion_model.checkpoint as module
+from test_checkpoint import Run
+run, real = Run({str(tmp_path)!r}), module._settle
+def slow(*args):
+    time.sleep(0.3)
+    if {{fail}}: raise OSError("disk on fire")
+    real(*args)
+run.save(1)
+module._settle = slow
+run.save(2, wait=False, keep=1)
+"""
+    for fail, names in ((True, ["step_00000001", "step_00000002"]), (False, ["step_00000002"])):
+        shutil.rmtree(tmp_path/"run", ignore_errors=True)
+        done = subprocess.run([sys.executable, "-c", code.format(fail=fail)], capture_output=True, text=True, timeout=60)
+        assert sorted(os.listdir(tmp_path/"run"/"checkpoints")) == names, done.stderr
+        assert ("disk on fire" in done.stderr) == fail
+
+
+def test_an_older_step_of_the_same_number_outlives_the_save(run, held):
+    "`.old` goes only once the new one is on the disk; a torn one never replaces it."
+    held.set(), run.save(1, classes=["old"]), held.clear()
+    run.save(1, wait=False, classes=["new"])
+    assert run.names() == ["step_00000001", "step_00000001.old"]
+    os.truncate(run.root/"checkpoints"/"step_00000001"/"trainer.pt", 10)      # power was cut
+    with pytest.warns(UserWarning): assert load_checkpoint(run.root).classes == ["old"]
+    held.set()
+    with pytest.raises(CheckpointError): wait_for_checkpoints()
+    held.clear()
+    run.save(1, wait=False, classes=["newer"])
+    assert run.names() == ["step_00000001", "step_00000001.old"]
+    assert load_checkpoint(run.root/"checkpoints"/"step_00000001.old").classes == ["old"]
+    assert load_checkpoint(run.root).classes == ["newer"]
+    held.set()
+    wait_for_checkpoints()
+    assert run.names() == ["step_00000001"]
+
+
+def test_each_file_is_read_once_to_verify_and_only_what_is_asked_for_again(run, monkeypatch):
+    path, read = run.save(1), []
+    for name in ("_sha256", "load_file"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda p, real=real, **kw: (read.append(p.name), real(p, **kw))[1])
+    load_checkpoint(run.root).model
+    assert sorted(read) == sorted([*FILES[:-1], "model.safetensors"])
+
+
+def test_a_save_copies_nothing(tmp_path, run):
+    "40 MB of weights, averages and moments take hardly any memory of their own to save."
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from test_checkpoint import Run
+from diffusion_model.checkpoint import save_checkpoint, wait_for_checkpoints
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+run = Run({str(tmp_path)!r})
+run.save(1)
+state = {{str(i): torch.ones(1_000_000) for i in range(10)}}
+before = peak()
+save_checkpoint(run.root, 2, state, state, None, run.config, extra={{"moments": [state, state]}})
+wait_for_checkpoints()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert float(done.stdout) < 20, done.stderr             # MB, of 160 written
+
+
+# -- older versions
+
+OLD = Path(__file__).parent/"fixtures"/"run_0_1_0"          # stopped at step 3 of 6, by version 0.1.0
+
+
+def test_a_run_of_0_1_0_opens_and_says_what_is_new(tmp_path):
+    found = load_checkpoint(OLD)
+    assert (found.step, found.version, found.score, list(found.emas)) == (3, "0.1.0", None, ["ema"])
+    assert found.config.sampling.solver == "ddim" and found.config.sampling.steps == 5    # as it says
+    assert "training.accumulation: not known then; 1" in found.notes
+    assert not [n for n in found.notes if "sampling.solver" in n]
+    assert save_checkpoint(tmp_path, 3, found.model, found.emas, found.trainer["optimizer"], found.config)
+    assert load_checkpoint(tmp_path).notes == []
+    with pytest.raises(CheckpointError, match="validation loss"): load_checkpoint(OLD, best=True)
+
+
+def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
+    from diffusion_model.training import Callback, Trainer
+    losses = []
+    class Note(Callback):
+        def after_step(self, trainer, metrics): losses.append(metrics["loss"])
+    config = load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)})
+    trainer = Trainer(config, callbacks=[Note()])
+    assert list(trainer.resume(OLD)) == ["logging.output_dir"] and trainer.step == 3
+    trainer.fit()
+    assert losses == pytest.approx([0.50210, 0.49105, 0.49486], rel=1e-3)    # of 0.1.0, steps 4 to 6
+
+
+def test_a_run_of_0_1_0_samples():
+    from diffusion_model.denoiser import create_denoiser
+    from diffusion_model.sampler import create_sampler
+    network, config = load_network(OLD)
+    states = create_sampler(config.sampling, -1, 1)(
+        create_denoiser(config.diffusion, network), (2, 3, 8, 8), y=torch.tensor([0, 1]), seed=0)
+    *_, last = states
+    assert last.x.shape == (2, 3, 8, 8) and last.x.isfinite().all()
+
+
+def test_renamed_fields_are_told_and_unknown_ones_name_the_version(run, monkeypatch):
+    path = run.save(1)
+    text = (path/"config.yaml").read_text().replace("learning_rate:", "lr:")
+    (path/"config.yaml").write_text(text)
+    manifest = json.loads((path/"manifest.json").read_text())
+    with pytest.raises(CheckpointError, match="(?s)config.yaml was written by version .*no such field"):
+        Checkpoint(path, manifest).config
+    monkeypatch.setattr("diffusion_model.config.MIGRATIONS", {"training.lr": ("training.learning_rate", "said in full")})
+    found = Checkpoint(path, manifest)
+    assert found.config == run.config and len(found.notes) == 1 and "said in full" in found.notes[0]
 
 
 # -- fault 26: devices

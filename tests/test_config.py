@@ -2,8 +2,9 @@
 import pytest
 import yaml
 
-from diffusion_model.config import (Config, ConfigError, config_diff, config_help, find_config, list_configs,
-                                    load_config, save_config)
+import diffusion_model.config as module
+from diffusion_model.config import (MIGRATIONS, SECTIONS, Config, ConfigError, config_diff, config_help, find_config,
+                                    list_configs, load_config, load_saved_config, migrate_config, save_config)
 
 
 def lines(name="default", overrides=()):
@@ -157,3 +158,77 @@ def test_help_names_every_field():
 def test_saved_is_plain_yaml(tmp_path):
     saved = yaml.safe_load(save_config(Config(), tmp_path/"c.yaml").read_text())
     assert saved["training"]["learning_rate"] == 2e-4
+
+
+# -- configs that older versions saved
+
+def old(**sections):
+    "What a run of an older version saved: sections as given, without the fields named '-'."
+    values = Config().model_dump()
+    for section, fields in sections.items():
+        values.setdefault(section, {}).update(fields)
+        for name in [k for k, v in fields.items() if v == "-"]: del values[section][name]
+    return values
+
+
+@pytest.fixture
+def migrations(monkeypatch): return lambda table: monkeypatch.setattr(module, "MIGRATIONS", table)
+
+
+def saved(write, values, overrides=()): return load_saved_config(write(yaml.safe_dump(values), "config.yaml"), overrides)
+
+
+def test_a_config_of_this_version_migrates_to_itself(write):
+    assert migrate_config(old()) == (old(), [])
+    assert saved(write, old()) == (Config(), [])
+
+
+def test_new_fields_get_defaults_and_stated_values_stay(write):
+    cfg, notes = saved(write, old(training={"accumulation": "-"}, sampling={"solver": "ddim", "steps": 7}))
+    assert notes == ["training.accumulation: not known then; 1"]
+    assert (cfg.training.accumulation, cfg.sampling.solver, cfg.sampling.steps) == (1, "ddim", 7)
+
+
+def test_renamed_moved_and_dropped_fields(write, migrations):
+    migrations({"training.lr": ("training.learning_rate", "said in full"), "gone.seed": ("training.seed", "moved"),
+                "data.colour": (None, "nobody saw it")})
+    values = old(training={"learning_rate": "-", "lr": 0.5, "seed": "-"}, gone={"seed": 3}, data={"colour": "blue"})
+    cfg, notes = saved(write, values)
+    assert (cfg.training.learning_rate, cfg.training.seed) == (0.5, 3)
+    assert notes == ["training.lr: is training.learning_rate now (said in full); it was 0.5",
+                     "gone.seed: is training.seed now (moved); it was 3",
+                     "data.colour: is gone (nobody saw it); it was 'blue'"]
+    assert values["training"]["lr"] == 0.5                       # what was passed in is left as it is
+
+
+def test_a_field_renamed_twice_takes_both_steps(write, migrations):
+    migrations({"training.a": ("training.b", "1"), "training.b": ("training.seed", "2")})
+    cfg, notes = saved(write, old(training={"seed": "-", "a": 3}))
+    assert cfg.training.seed == 3 and len(notes) == 2
+
+
+def test_overrides_go_over_a_migrated_config(write):
+    cfg, notes = saved(write, old(training={"accumulation": "-"}), ["--accumulation", "2"])
+    assert cfg.training.accumulation == 2 and notes == ["training.accumulation: not known then; 1"]
+
+
+def test_only_saved_configs_are_migrated(write, migrations):
+    migrations({"training.lr": ("training.learning_rate", "said in full")})
+    assert any("training.lr: no such field" in line for line in lines(write("training: {lr: 0.5}")))
+
+
+@pytest.mark.parametrize("section, fields, says", [
+    ("training", {"lerning_rate": 1}, "did you mean learning_rate?"), ("modle", {"x": 1}, "modle")])
+def test_what_no_version_knew_stays_an_error(write, section, fields, says):
+    with pytest.raises(ConfigError, match=says): saved(write, old(**{section: fields}))
+
+
+@pytest.mark.parametrize("text", ["- 1", "training: 5", "training: [", "training: null"])
+def test_a_damaged_saved_config_is_one_clear_error(write, text):
+    with pytest.raises(ConfigError): load_saved_config(write(text))
+
+
+def test_every_entry_leads_to_a_field_and_gives_a_reason():
+    fields = {f"{s}.{f}" for s, c in SECTIONS.items() for f in c.model_fields}
+    for name, (now, reason) in MIGRATIONS.items():
+        assert name not in fields and reason and (now is None or now in fields | set(MIGRATIONS)), name

@@ -1,5 +1,5 @@
 "Optimizers, parameter groups and learning rates: edges and errors."
-import copy, math
+import copy, math, sys
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_a_network_without_parameters_is_an_error():
         create_optimizer(training(), nn.ReLU())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "lion"])
 def test_created_optimizers(name):
     network = nn.Linear(3, 2)
     run = training(optimizer=name, beta1=0.8, beta2=0.95, warmup_steps=10)
@@ -81,10 +81,47 @@ def test_created_optimizers(name):
     for a, b in zip(network.parameters(), reference.parameters()): torch.testing.assert_close(a, b)
 
 
+def test_lion_is_the_papers_algorithm_and_resumes():
+    pytest.importorskip("lion_pytorch")
+    run = training(optimizer="lion", learning_rate=0.01, beta2=0.99)
+    network = nn.Linear(3, 2).double()
+    optimizer = create_optimizer(run, network)
+    w, b = network.weight.detach().clone(), network.bias.detach().clone()
+    m, k = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(6):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        network(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
+        g, h = network.weight.grad.clone(), network.bias.grad.clone()
+        optimizer.step()
+        w = w*(1 - 0.01*0.1) - 0.01*(0.9*m + 0.1*g).sign()
+        b = b - 0.01*(0.9*k + 0.1*h).sign()                  # a bias does not decay
+        m, k = 0.99*m + 0.01*g, 0.99*k + 0.01*h
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), create_optimizer(run, network)
+            restore_optimizer(optimizer, state)
+    torch.testing.assert_close(network.weight.detach(), w, rtol=0, atol=1e-12)
+    torch.testing.assert_close(network.bias.detach(), b, rtol=0, atol=1e-12)
+
+
+def test_without_its_library_lion_says_what_to_do_and_the_others_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(ImportError, match=r"lion-pytorch: pip install 'diffusion_model\[lion\]', or .* adamw"):
+        create_optimizer(training(optimizer="lion"), nn.Linear(1, 1))
+    for name in OPTIMIZERS:
+        if name != "lion": create_optimizer(training(optimizer=name), nn.Linear(1, 1))
+
+
+def test_the_config_and_the_tables_name_the_same():
+    def names(field): return list(TrainingConfig.model_fields[field].annotation.__args__)
+    assert sorted(names("optimizer")) == sorted(OPTIMIZERS)
+    assert sorted(names("lr_schedule")) == sorted(LR_SCHEDULES)
+
+
 def test_unknown_names_are_refused_with_what_is_allowed():
-    with pytest.raises(ValueError, match="'lion'; allowed: adamw, adam, sgd"):
-        create_optimizer(training().model_copy(update={"optimizer": "lion"}), nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="'exp'; allowed: constant, cosine, step"):
+    with pytest.raises(ValueError, match="'lars'; allowed: adamw, adam, sgd, lion"):
+        create_optimizer(training().model_copy(update={"optimizer": "lars"}), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="'exp'; allowed: constant, linear, cosine, step, inverse_sqrt"):
         learning_rate(0, training().model_copy(update={"lr_schedule": "exp"}))
 
 
@@ -103,6 +140,15 @@ def test_landmarks():
     assert [learning_rate(s, run) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1., 1.]
     assert learning_rate(55, run) == pytest.approx(0.6)           # half-way between 1 and 0.2
     assert learning_rate(100, run) == learning_rate(10**9, run) == pytest.approx(0.2)
+    line = training(warmup_steps=10, lr_schedule="linear", min_lr_ratio=0.2)
+    assert [learning_rate(s, line) for s in (0, 9, 10)] == [0.1, 1., 1.]
+    assert learning_rate(28, line) == pytest.approx(0.84)         # a fifth of the way from 1 to 0.2
+    assert learning_rate(100, line) == learning_rate(10**9, line) == pytest.approx(0.2)
+    root = training(warmup_steps=10, lr_schedule="inverse_sqrt")
+    assert [learning_rate(s, root) for s in (0, 9, 10, 40, 90, 1000)] == pytest.approx(
+        [0.1, 1., 1., 1/2, 1/3, 1/10])
+    bare = training(lr_schedule="inverse_sqrt")                   # without a warm-up: from step 1
+    assert [learning_rate(s, bare) for s in (0, 1, 4, 25)] == pytest.approx([1., 1., 1/2, 1/5])
     steps = training(lr_schedule="step", lr_step_size=30, lr_gamma=0.5)
     assert [learning_rate(s, steps) for s in (0, 29, 30, 60, 99)] == [1, 1, 0.5, 0.25, 0.125]
 
@@ -136,3 +182,20 @@ def test_restoring_another_networks_state_is_refused():
     other = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"\[1, 1\].*\[2, 2\]"):
         restore_optimizer(create_optimizer(training(), other), state)
+
+
+@pytest.mark.parametrize("before, now", [("sgd", "adam"), ("adamw", "sgd")])
+def test_restoring_another_kinds_state_is_refused(before, now):
+    state = create_optimizer(training(optimizer=before), nn.Linear(3, 2)).state_dict()
+    with pytest.raises(ValueError, match="put training.optimizer back"):
+        restore_optimizer(create_optimizer(training(optimizer=now), nn.Linear(3, 2)), state)
+
+
+def test_adam_and_adamw_share_their_moments():
+    network = nn.Linear(3, 2)
+    one = create_optimizer(training(optimizer="adam"), network)
+    network(torch.randn(4, 3)).sum().backward()
+    one.step()
+    two = create_optimizer(training(optimizer="adamw"), network)
+    restore_optimizer(two, one.state_dict())
+    for p in network.parameters(): assert torch.equal(one.state[p]["exp_avg"], two.state[p]["exp_avg"])
