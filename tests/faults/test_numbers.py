@@ -100,7 +100,8 @@ def test_sampling_halves_its_batch_and_goes_on(tmp_path, monkeypatch, command):
         if len(x) > 3: no_memory()
         return forward(self, x, *args, **kw)
     monkeypatch.setattr(UNet, "forward", small_memory)
-    sample("halved").says(0, "no memory left to sample 10 images at once", "going on with 5", "going on with 2", "sampling.sample_batch_size")
+    sample("halved").says(0, "no memory left to sample 10 images at once", "going on with 5", "going on with 2",
+                          "sampling.sample_batch_size")
     assert sizes[:3] == [10, 5, 2] and max(sizes[3:]) <= 3
     names = sorted(p.name for p in (tmp_path/"whole").iterdir())
     assert len(names) == 11 and names == sorted(p.name for p in (tmp_path/"halved").iterdir())
