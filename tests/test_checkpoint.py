@@ -218,6 +218,7 @@ def killed(tmp_path_factory):
     return root
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_between_and_inside_files(killed, moment):
     found = load_checkpoint(killed/moment/"run")
@@ -229,6 +230,7 @@ def test_kill_between_and_inside_files(killed, moment):
     assert run.names() == ["step_00000003"]
 
 
+@pytest.mark.fault(3)
 def test_kill_at_random_moments(tmp_path):
     "One process that saves as fast as it can, killed twenty times at no special moment."
     process, seen = saver(tmp_path, "never"), 0
@@ -248,12 +250,7 @@ def test_kill_at_random_moments(tmp_path):
     assert seen > 1
 
 
-def test_tmpdir_is_not_used(run, monkeypatch):
-    monkeypatch.setenv("TMPDIR", "/nowhere/at/all")
-    monkeypatch.setattr("tempfile.tempdir", None)
-    load_checkpoint(run.save(1))
-
-
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), OSError(errno.EIO, "")])
 def test_a_failing_writer_leaves_the_old_one(run, monkeypatch, error):
     run.save(1)
@@ -290,6 +287,7 @@ def test_killed_while_a_step_is_replaced(run, monkeypatch, moment):
 
 # -- fault 5: the disk is full
 
+@pytest.mark.fault(5)
 def test_too_little_room_is_seen_before_writing(run, monkeypatch):
     run.save(1)
     usage = shutil.disk_usage(run.root)
@@ -302,6 +300,7 @@ def test_too_little_room_is_seen_before_writing(run, monkeypatch):
     assert run.names() == ["step_00000001"]
 
 
+@pytest.mark.fault(5)
 def test_the_disk_fills_up_while_writing(run, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(module, "_write_trainer", full)
@@ -309,6 +308,7 @@ def test_the_disk_fills_up_while_writing(run, monkeypatch):
     assert run.names() == []
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("limit", [20_000, 80_000])       # the weights are too large, the moments are
 def test_a_file_size_limit(tmp_path, limit):
     "A real limit of the operating system, in a process of its own."
@@ -332,6 +332,7 @@ print(run.names())
 
 # -- faults 8 and 9: damage
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["cut", "empty", "flipped", "longer", "missing"])
@@ -354,6 +355,7 @@ def test_damage_is_found_and_named(run, name, kind, settled, monkeypatch):
         assert load_checkpoint(run.root).step == 1                               # a run: goes back
 
 
+@pytest.mark.fault(9)
 def test_all_damaged_is_an_error_with_every_reason(run):
     for step in (1, 2): flip(run.save(step)/"model.safetensors")
     with pytest.raises(CheckpointError, match="(?s)no valid.*step_00000002.*step_00000001"):
@@ -388,6 +390,7 @@ def test_a_later_format_is_refused_by_name(run):
     with pytest.raises(CheckpointError, match="format 99.*9.9: upgrade"): load_checkpoint(path)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("files", [
     {}, {"../../secret": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {"bytes": 1, "sha256": ""}},
     {"ema_/../../x.safetensors": {"bytes": 1, "sha256": ""}}])
@@ -405,6 +408,7 @@ class Stranger:
     def __reduce__(self): return os.mkdir, (self.path,)
 
 
+@pytest.mark.fault(10)
 def test_a_malicious_pickle_is_refused_unrun(run, tmp_path):
     path, mark = run.save(1), tmp_path/"was_here"
     torch.save({"optimizer": Stranger(str(mark))}, path/"trainer.pt")
@@ -419,6 +423,7 @@ def test_a_malicious_pickle_is_refused_unrun(run, tmp_path):
 
 # -- faults 11 and 12: other networks, wrong files
 
+@pytest.mark.fault(12)
 def test_prefixes_are_dropped_on_both_sides(run, tmp_path):
     state = run.network.state_dict()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
@@ -436,6 +441,7 @@ def test_a_part_named_module_is_no_prefix():
     assert module._strip(network.state_dict()).keys() == network.state_dict().keys()
 
 
+@pytest.mark.fault(11)
 def test_another_architecture_names_keys_shapes_and_settings(run, tmp_path):
     run.save(1)
     found = load_checkpoint(run.root)
@@ -461,6 +467,7 @@ def test_a_mismatch_changes_nothing(run):
     assert torch.equal(run.network.conv_in.weight, before)
 
 
+@pytest.mark.fault(12)
 def test_optimizer_state_is_recognised(run):
     path = run.save(1)
     for state in (run.optimizer.state_dict(), load_checkpoint(path).trainer):
@@ -797,6 +804,7 @@ def test_renamed_fields_are_told_and_unknown_ones_name_the_version(run, monkeypa
 
 # -- fault 26: devices
 
+@pytest.mark.fault(26)
 def test_storages_from_another_device_load_on_the_cpu(run, monkeypatch):
     "A file whose tensors say that they lived on `cuda:0`."
     path, buffer = run.save(1), io.BytesIO()

@@ -115,11 +115,6 @@ def test_errors_come_together(write):
         assert sum(word in line for line in found) == 1, (word, found)
 
 
-def test_two_clashes_come_together():
-    found = lines("default", ["--image_size", "30", "--schedule", "flow"])
-    assert len(found) == 2
-
-
 @pytest.mark.parametrize("text, says", [
     ("training: {seed: 1, seed: 2}", "seed: stands twice, in lines [1, 1]"),
     ("training:\n  seed: 1\ndata: {}\ntraining:\n  seed: 2", "training: stands twice, in lines [1, 4]"),
@@ -131,16 +126,6 @@ def test_two_clashes_come_together():
     ("base: nowhere", "nowhere"),
 ])
 def test_bad_files(write, text, says): assert any(says in line for line in lines(write(text))), lines(write(text))
-
-
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1e4", 1e4), ("0.5", 0.5), ("017", 17.), ("3", 3.)])
-def test_numbers(write, text, value):
-    assert load_config(write(f"training: {{learning_rate: {text}}}")).training.learning_rate == value
-
-
-@pytest.mark.parametrize("text", ["12:30:45", "no", "1_000", "0x10", "true", "'1e-4'"])
-def test_not_numbers(write, text):
-    assert "training.learning_rate" in lines(write(f"training: {{learning_rate: {text}}}"))[0]
 
 
 def test_bases_in_a_chain(write):

@@ -101,22 +101,6 @@ def test_folder_errors(folder, tmp_path):
     with pytest.raises(ValueError, match="hollow"): make(folder)  # a class without images
 
 
-@pytest.mark.parametrize("damage", [b"", b"not an image"])
-def test_bad_image_is_named(folder, damage):
-    (folder/"cats"/"bad.png").write_bytes(damage)
-    sets = create_dataset(config(dataset="folder", root=str(folder)))
-    with pytest.raises(ValueError, match="bad.png"):
-        for part in sets[:3]: part.batch(torch.arange(len(part)), torch.arange(len(part)))
-
-
-def test_truncated_image_is_named(folder):
-    whole = folder/"cats"/"0.png"
-    whole.write_bytes(whole.read_bytes()[:60])
-    sets = create_dataset(config(dataset="folder", root=str(folder)))
-    with pytest.raises(ValueError, match="0.png"):
-        for part in sets[:3]: part.batch(torch.arange(len(part)), torch.arange(len(part)))
-
-
 @pytest.mark.parametrize("name, says", [("FashonMNIST", "FashionMNIST"), ("shape", "shapes"), ("qqqq", "known are")])
 def test_unknown_data_sets(name, says):
     with pytest.raises(ValueError, match=says): create_dataset(config(dataset=name))
@@ -161,10 +145,6 @@ def test_processes_share_the_batch():
     for w, l, r in zip(whole, left, right): assert torch.equal(w.images, torch.cat([l.images, r.images]))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers): assert same(take(5), take(5, num_workers=workers))
-
-
 def test_each_epoch_shows_each_image_once():
     batches = take(10)  # 120 samples: three epochs of 40
     images = torch.cat([b.images for b in batches]).view(3, 40, -1)
@@ -179,6 +159,7 @@ def test_loader_refusals(size, kw, says):
 
 
 # Traps that a folder, a platform or torchvision sets
+@pytest.mark.fault(22)
 def test_links_are_not_followed(folder):
     (folder/"cats"/"inside.png").symlink_to(folder/"dogs"/"6.png")
     assert len(scan_folder(folder)[0]) == 10
@@ -205,14 +186,6 @@ def test_a_new_picture_moves_no_other(folder):
     before = parts()
     Image.new("RGB", (9, 9)).save(folder/"dogs"/"new.png")
     assert sum(len(a - b) for a, b in zip(before, parts())) <= 2  # at the cuts, at most
-
-
-def test_a_bad_image_in_a_worker_is_named_in_one_line(folder):
-    for path in folder.glob("*/[0-9]*"): path.write_bytes(b"broken")
-    sets = create_dataset(config(dataset="folder", root=str(folder)))
-    with pytest.raises(ValueError, match="not a readable image") as caught:
-        next(iter(create_loader(sets.train, 2, seed=0, num_workers=1)))
-    assert "Traceback" not in str(caught.value)
 
 
 def test_spawned_workers_and_the_global_generator(folder, monkeypatch):

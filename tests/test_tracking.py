@@ -171,6 +171,7 @@ class Recorder(Tracker):
     def close(self): self.told.append("closed")
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("where", ["make", "log", "images", "close"])
 def test_one_that_fails_is_left_out_with_one_warning(where):
     class Broken(Tracker):
@@ -214,6 +215,7 @@ def test_factory_makes_what_is_asked_for(tmp_path, monkeypatch):
     assert list(create_trackers(cfg, tmp_path).active) == ["metrics.jsonl", "console"]
 
 
+@pytest.mark.fault(27)
 def test_a_blocked_tensorboard_folder_is_a_warning(tmp_path):
     (tmp_path/"tensorboard").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="tracker tensorboard failed"):
@@ -222,6 +224,7 @@ def test_a_blocked_tensorboard_folder_is_a_warning(tmp_path):
     assert steps(tmp_path) == [1]
 
 
+@pytest.mark.fault(27)
 def test_a_missing_wandb_is_a_warning_that_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(UserWarning, match=r"pip install 'diffusion_model\[wandb\]'"):

@@ -2,7 +2,7 @@
 import hashlib, os, subprocess, sys
 from pathlib import Path
 
-from diffusion_model.checkpoint import find_checkpoint
+from diffusion_model.checkpoint import find_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.tracking import read_metrics
 from diffusion_model.training import Callback, Log, SaveCheckpoints, Trainer
@@ -12,7 +12,8 @@ SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]", "c
          "num_res_blocks": 1, "image_size": 8, "batch_size": 6, "max_steps": 40, "train_size": 90, "validation_size": 6,
          "test_size": 6, "device": "cpu", "horizontal_flip": "true", "dropout": 0.1, "warmup_steps": 5,
          "checkpoint_every": 5, "log_every": 1, "num_samples": 4, "steps": 2, "progress": "false"}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONWARNINGS": "default"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+                            "PYTHONWARNINGS": "default"}
 
 
 def words(folder, **change):
@@ -47,6 +48,7 @@ def resumed(folder, *callbacks, **change):
 
 def hashes(folder):
     "sha256 of the newest checkpoint's weights, averages, and optimizer state."
+    wait_for_checkpoints()
     newest = find_checkpoint(folder)
     return [newest.name] + [hashlib.sha256((newest/name).read_bytes()).hexdigest()
                             for name in ("model.safetensors", "ema.safetensors", "trainer.pt")]
@@ -57,7 +59,10 @@ def told(folder):
     return [(row["step"], row["loss"], row["lr"]) for row in read_metrics(folder) if "loss" in row]
 
 
-def steps(folder): return sorted(int(p.name[5:]) for p in (folder/"checkpoints").iterdir())
+def steps(folder):
+    "The steps of which there is a checkpoint, and nothing else beside them."
+    wait_for_checkpoints()
+    return sorted(int(p.name.removeprefix("step_")) for p in (folder/"checkpoints").iterdir())
 
 
 def python(folder, code, *arguments, **environment):

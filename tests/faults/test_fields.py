@@ -24,7 +24,7 @@ def refused(path, overrides=()):
 # -- YAML
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1e4", 1e4), ("1.e-4", 1e-4), ("017", 17.), ("3", 3.)])
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1e4", 1e4), ("1.e-4", 1e-4), ("0.5", 0.5), ("017", 17.), ("3", 3.)])
 def test_what_looks_like_a_number_is_one(write, text, value):
     "YAML 1.1 takes 1e-4 for text and 017 for fifteen."
     found = load_config(write(f"training: {{learning_rate: {text}}}")).training.learning_rate
@@ -45,6 +45,7 @@ def test_text_is_text_and_no_number_or_truth(write, text):
     assert load_config(write(f"logging: {{project: {text}}}")).logging.project == text
     line, = refused(write(f"training: {{seed: {text}}}"))
     assert line == f"training.seed: found {text!r}; allowed: a whole number >= 0"
+    assert "training.learning_rate: found" in refused(write(f"training: {{learning_rate: {text}}}"))[0]
     line, = refused(write(f"data: {{horizontal_flip: {text}}}"))
     assert line == f"data.horizontal_flip: found {text!r}; allowed: true or false"
 

@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion_model.checkpoint import find_checkpoint
 from diffusion_model.config import DataConfig
 from diffusion_model.dataset import create_dataset, create_loader, read_image, scan_folder
+from diffusion_model.tracking import read_metrics
 from diffusion_model.transforms import Transform
 from runs import words
 
@@ -90,10 +91,10 @@ BAD = ["truncated", "empty", "text", "bomb", "large bomb"]
 def test_a_bad_picture_is_an_error_of_one_line_with_its_path(folder, kind, workers):
     for i in range(20): write(folder/f"{i:02}.png", kind)
     sets = create_dataset(config(folder))
-    with pytest.raises(ValueError, match=r"\d\d.png: not a readable image .*repair or remove this file, .*--data.bad_images skip") as caught:
+    with pytest.raises(ValueError, match=r"\d\d.png: not a readable image .*repair or remove") as caught:
         next(iter(create_loader(sets.train, 4, seed=0, num_workers=workers)))
     text = str(caught.value)
-    assert str(folder) in text and "\n" not in text
+    assert str(folder) in text and "--data.bad_images skip" in text and "\n" not in text
     if "bomb" in kind: assert "pixels) exceeds limit of" in text  # what it has and what is allowed
 
 
@@ -151,13 +152,24 @@ def test_a_run_names_the_picture_and_ends_or_goes_on(folder, tmp_path, command):
 
 
 @pytest.mark.fault(15)
-@pytest.mark.xfail(strict=True, reason="the loop cannot make a step without images yet")
-def test_a_run_steps_over_a_batch_of_which_nothing_is_left(folder, tmp_path, command):
-    for i in range(0, 20, 3): write(folder/f"{i:02}.png", "text")
-    command.train(*words(tmp_path/"run", dataset="folder", root=folder, batch_size=1, max_steps=20, num_classes=0,
-                         guidance_scale=1, bad_images="skip"))
+@pytest.mark.parametrize("parts, every", [(1, 1), pytest.param(4, 3, marks=pytest.mark.xfail(
+    strict=True, reason="a line of metrics tells what its own step left out, and not those since the line before"))])
+def test_a_run_counts_what_is_left_out(folder, tmp_path, command, parts, every):
+    "Steps go on with parts of a batch empty; a step of which no image is left at all is the end."
+    for i in range(0, 20, 5): write(folder/f"{i:02}.png", "text")
+    argv = words(tmp_path/"run", dataset="folder", root=folder, max_steps=9, num_classes=0, guidance_scale=1,
+                 bad_images="skip", batch_size=4, accumulation=parts, validation_fraction=0.1, log_every=every)
+    command.train(*argv)
     command.says(0, "left out, as data.bad_images is skip")
-    assert find_checkpoint(tmp_path/"run").name == "step_00000020"
+    sets = create_dataset(config(folder, bad_images="skip"))
+    with warnings.catch_warnings(record=True):
+        left_out = [4 - len(b.images) for b in islice(create_loader(sets.train, 4, seed=0), 9)]
+    expected = {i + every: sum(left_out[i:i + every]) for i in range(0, 9, every)}  # since the line before
+    found = {row["step"]: row.get("skipped", 0) for row in read_metrics(tmp_path/"run") if "loss" in row}
+    assert found == expected and sum(left_out) >= 4
+    for path in folder.iterdir(): write(path, "text")
+    command.train(*argv, "--output_dir", tmp_path/"none")
+    command.says(2, "step 0: none of its 4 images could be read", "repair the data")
 
 
 # -- unusual, not bad
@@ -207,11 +219,3 @@ def test_an_empty_folder_is_an_error_with_its_path_and_the_suffixes(folder, tmp_
     command.train(*words(tmp_path/"run", dataset="folder", root=root, num_classes=0, guidance_scale=1))
     command.says(2, root/hollow, "no images", ".png .jpg .jpeg")
     assert not (tmp_path/"run"/"checkpoints").exists()
-
-
-@pytest.mark.fault(22)
-@pytest.mark.parametrize("target", ["..", "../..", "/etc"])
-def test_a_class_that_links_elsewhere_is_refused(folder, command, tmp_path, target):
-    (tmp_path/"pictures"/"cats").symlink_to(target)
-    command.train(*words(tmp_path/"run", dataset="folder", root=folder, num_classes=0, guidance_scale=1))
-    command.says(2, folder/"cats", "links to folders", "are not followed", "put the images there instead")

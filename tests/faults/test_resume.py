@@ -138,7 +138,7 @@ import json, os, random, signal, sys, time, warnings
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a fork has no threads
-from diffusion_model.checkpoint import load_checkpoint
+from diffusion_model.checkpoint import load_checkpoint, wait_for_checkpoints
 from diffusion_model.tracking import read_metrics
 from runs import hashes, trainer
 warnings.simplefilter("error")  # nothing may even look damaged
@@ -156,6 +156,7 @@ def start(folder, die_at_sync=None):
     run = trainer(folder, max_steps=100)
     if (folder/"checkpoints").exists(): run.resume(folder)
     run.fit()
+    wait_for_checkpoints()
     os._exit(0)
 
 def check(folder):
@@ -170,6 +171,7 @@ assert os.waitpid(start(folder/"whole"), 0)[1] == 0
 straight = time.perf_counter() - begun
 found = []
 trainer(folder/"killed", max_steps=100).save()  # a run that has saved nothing yet has nothing to lose
+wait_for_checkpoints()
 for _ in range(20):
     child = start(folder/"killed")
     time.sleep(random.uniform(0, straight/12))

@@ -55,7 +55,7 @@ def test_a_disk_that_is_full_says_how_much_it_needs_and_keeps_the_last(run):
                  "logging.keep_checkpoints", "logging.output_dir"): assert part in done.stderr, done.stderr
     needed = float(re.search(r"it needs ([\d.]+) MB", done.stderr)[1])
     assert abs(needed - size/1e6) <= 0.1  # one digit is told
-    assert [p.name for p in sorted((run/"checkpoints").iterdir())] == ["step_00000005", "step_00000010"]
+    assert steps(run) == [5, 10]
     assert read_status(run)["state"] == "failed"
     assert resumed(run, max_steps=20).fit().step == 20
 
@@ -75,9 +75,9 @@ def test_the_only_checkpoint_survives_a_save_that_fails(tmp_path, monkeypatch):
     trainer(tmp_path, At(5, stop), keep_checkpoints=1).fit()
     before = hashes(tmp_path)
     def fail(*_, **__): raise OSError("the writer broke")
-    monkeypatch.setattr(module, "as_safetensors", fail)
+    monkeypatch.setattr(module, "save_config", fail)
     with pytest.raises(OSError, match="the writer broke"): resumed(tmp_path, keep_checkpoints=1).fit()
-    assert os.listdir(tmp_path/"checkpoints") == ["step_00000005"] and hashes(tmp_path) == before
+    assert steps(tmp_path) == [5] and hashes(tmp_path) == before
     monkeypatch.undo()
     resumed(tmp_path, At(12, stop), keep_checkpoints=1).fit()
     assert steps(tmp_path) == [12]
@@ -87,7 +87,9 @@ def test_the_only_checkpoint_survives_a_save_that_fails(tmp_path, monkeypatch):
 
 def damage(path, kind):
     size = path.stat().st_size
-    if kind == "one bit": path.write_bytes(path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:])
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    if kind == "one bit": path.write_bytes(data)
     else: os.truncate(path, 0 if kind == "empty" else size//2)
 
 
@@ -95,11 +97,11 @@ KINDS = [pytest.param(k, marks=pytest.mark.fault(9 if k == "one bit" else 8)) fo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
-def test_a_damaged_newest_checkpoint(run, command, kind, name):
+def test_a_damaged_newest_checkpoint(run, command, kind):
     "The run goes back to the one before, with a warning; asked for by its path, it is an error."
-    file = newest(run)/name
-    whole = resumed(shutil.copytree(run, run.parent/"whole"), max_steps=20).fit()
+    file = newest(run)/"model.safetensors"
+    whole = shutil.copytree(run, run.parent/"whole")
+    assert command.train("--resume", whole).code == 0
     damage(file, kind)
     size = f"{file.stat().st_size:,} "
     command.train("--resume", newest(run))
@@ -108,7 +110,7 @@ def test_a_damaged_newest_checkpoint(run, command, kind, name):
     command.train("--resume", run)
     command.says(0, "warning", file, size, "falling back to step_00000005")
     assert "resumed at step 5" in command.out
-    assert hashes(run) == hashes(whole.run_dir)
+    assert hashes(run) == hashes(whole)
 
 
 @pytest.mark.fault(8)
