@@ -4,7 +4,11 @@
 turn, medians. DDPM's network for CIFAR-10 (35.75 M parameters) after one step of Adam on random gradients, with its average and
 its moments: 572 MB. Everything earlier is on the disk before each measurement. A minute on two cores.
 
-    python benchmarks/trainer.py [checkpoint]        default: all parts; files go to a new folder here, and are deleted
+`overhead`: a step of `Trainer.fit` as the quick start trains (its data drawn, noise and times by counter, gradients checked and
+clipped, metrics logged), against the bare sequence: the same batch already there, random noise, forward, backward, step, EMA.
+A step of each in turn, medians. Two minutes.
+
+    python benchmarks/trainer.py [checkpoint] [overhead]        default: both; files go to a new folder here, and are deleted
 """
 import os
 import statistics
@@ -18,8 +22,10 @@ from safetensors.torch import save_file
 
 from diffusion_model.checkpoint import load_checkpoint, save_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
+from diffusion_model.denoiser import create_denoiser, diffusion_loss
 from diffusion_model.ema import EMA
 from diffusion_model.optimizer import create_optimizer
+from diffusion_model.training import Callback, Log, Trainer
 from diffusion_model.unet import create_unet
 
 
@@ -66,8 +72,43 @@ def checkpoint(folder, rounds=9):
     row("load: all verified, the weights read", opened, statistics.median(columns[0]))
 
 
+class Bare(Callback):
+    "After each step of the trainer, a bare step on a network of the same shape; both are timed."
+    def begin(self, trainer):
+        cfg, layout = trainer.cfg, torch.channels_last if trainer.cfg.training.channels_last else torch.contiguous_format
+        self.network = create_unet(cfg).to(memory_format=layout).train()
+        self.denoiser, self.ema = create_denoiser(cfg.diffusion, self.network), EMA(self.network, cfg.training.ema_decay)
+        self.optimizer = create_optimizer(cfg.training, self.network)
+        self.batch, self.times, self.begun = trainer.loader.at(0), [], None
+
+    def step(self, step):
+        x0, y, _ = self.batch
+        t = self.denoiser.schedule.sample_timesteps(torch.rand(len(x0)))
+        loss = diffusion_loss(self.denoiser, x0, torch.randn_like(x0), t, y).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update(step)
+
+    def after_step(self, trainer, metrics):
+        took = self.begun and time.perf_counter() - self.begun
+        bare = timed(self.step, trainer.step - 1)
+        if took: self.times.append((took, bare))
+        self.begun = time.perf_counter()
+
+
+def overhead(folder, steps=200):
+    cfg = load_config("quickstart", {"output_dir": str(folder), "max_steps": steps, "progress": "false"})
+    bare = Bare()
+    Trainer(cfg, callbacks=[Log(cfg.logging.log_every), bare]).fit()
+    ours, base = (statistics.median(t) for t in zip(*bare.times[10:]))
+    ratios = sorted(a/b for a, b in bare.times[10:])
+    print(f"overhead: a step of the trainer {ours*1e3:.1f} ms, bare {base*1e3:.1f} ms: {ours/base:.3f}; step by step "
+          f"{statistics.median(ratios):.3f} (quartiles {ratios[len(ratios)//4]:.3f} to {ratios[3*len(ratios)//4]:.3f})", flush=True)
+
+
 if __name__ == "__main__":
-    parts = {"checkpoint": checkpoint}
+    parts = {"checkpoint": checkpoint, "overhead": overhead}
     for part in sys.argv[1:] or parts:
         if part not in parts: sys.exit(f"trainer: found '{part}'; known are {', '.join(parts)}")
         with tempfile.TemporaryDirectory(prefix="bench_", dir=".") as folder: parts[part](Path(folder))

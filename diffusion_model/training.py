@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import (
+    load_checkpoint, load_weights, save_checkpoint, wait_for_checkpoints)
 from .config import Config, ConfigError, config_diff, save_config
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, Datasets, create_dataset, create_loader, sample_indices
@@ -150,7 +151,7 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     set_learning_rate(self.optimizer, lr)
     self.optimizer.zero_grad(set_to_none=True)
     losses = self.backward(batch)
-    loss, seen = self.world.sum(losses.sum().item(), len(losses))
+    loss, seen = self.world.sum(losses.double().sum().item(), len(losses))
     if not seen: raise ValueError(f"step {self.step}: none of its {t.batch_size} images could be "
                                   "read: repair the data, or choose another data.data_seed")
     self.scaler.unscale_(self.optimizer)
@@ -221,6 +222,7 @@ def fit(self: Trainer) -> "Trainer":
             for callback in self.callbacks: callback.after_step(self, metrics)
             number, stop = self.world.max(caught[0] if caught else 0, self.stop)
         for callback in self.callbacks: callback.end(self)
+        wait_for_checkpoints()
         done = self.step >= last
         self.stopped_by = None if done else int(number) or None
         self.tell("finished" if done else "stopped", self.step)
