@@ -140,20 +140,25 @@ import torch
 torch.set_num_threads(1)  # a fork has no threads
 from diffusion_model.checkpoint import load_checkpoint, wait_for_checkpoints
 from diffusion_model.tracking import read_metrics
-from runs import hashes, trainer
+from runs import Callback, hashes, trainer
 warnings.simplefilter("error")  # nothing may even look damaged
 folder, EVERY = Path(sys.argv[1]), 5
 
+class Begun(Callback):
+    def __init__(self, pipe): self.pipe = pipe
+    def begin(self, trainer): os.write(self.pipe, b".")
+
 def start(folder, die_at_sync=None):
     "A process that begins, or goes on, and perhaps kills itself when it is about to write through to the disk."
-    if child := os.fork(): return child
+    heard, pipe = os.pipe()
+    if child := os.fork(): return child, heard
     sync, calls = os.fsync, []
     def fsync(handle):
         calls.append(handle)
         if len(calls) == die_at_sync: os.kill(os.getpid(), signal.SIGKILL)
         sync(handle)
     os.fsync = fsync
-    run = trainer(folder, max_steps=100)
+    run = trainer(folder, Begun(pipe), max_steps=100)
     if (folder/"checkpoints").exists(): run.resume(folder)
     run.fit()
     wait_for_checkpoints()
@@ -167,21 +172,22 @@ def check(folder):
     return there
 
 begun = time.perf_counter()
-assert os.waitpid(start(folder/"whole"), 0)[1] == 0
+assert os.waitpid(start(folder/"whole")[0], 0)[1] == 0
 straight = time.perf_counter() - begun
 found = []
 trainer(folder/"killed", max_steps=100).save()  # a run that has saved nothing yet has nothing to lose
 wait_for_checkpoints()
-for _ in range(20):
-    child = start(folder/"killed")
-    time.sleep(random.uniform(0, straight/12))
+for k in range(20):
+    child, heard = start(folder/"killed")
+    if k % 2: os.read(heard, 1)  # every second one is killed in its loop, the others wherever they are
+    time.sleep(random.uniform(0, straight/10))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     found.append(check(folder/"killed"))
 for moment in range(1, 10):  # seven in each save: five files, their folder, its parent
-    assert os.waitpid(start(folder/"killed", moment), 0)[1] == signal.SIGKILL
+    assert os.waitpid(start(folder/"killed", moment)[0], 0)[1] == signal.SIGKILL
     found.append(check(folder/"killed"))
-assert os.waitpid(start(folder/"killed"), 0)[1] == 0
+assert os.waitpid(start(folder/"killed")[0], 0)[1] == 0
 print(json.dumps([found, hashes(folder/"whole"), hashes(folder/"killed")]))
 """
 
