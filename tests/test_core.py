@@ -340,6 +340,14 @@ class Circle(FlowSchedule):
 SMOOTH = Circle()
 
 
+def uneven(schedule, steps):
+    "σ/α from 20 to 0.05: denser in places, and strides long and short by turns."
+    k = torch.linspace(0, 1, steps + 1, **f64)
+    k = k + 0.1*torch.sin(2*math.pi*k)
+    k[1:-1:2] += 0.2/steps
+    return schedule.t_of_log_snr(-2*(math.log(20) + k*math.log(0.05/20)))
+
+
 @pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2),
                                            ("unipc", 3)])
 @pytest.mark.parametrize("schedule", [SMOOTH, FLOW, VE], ids=["vp", "flow", "ve"])
@@ -348,13 +356,24 @@ def test_orders(schedule, solver, order):
     bell, x = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2], [-0.7]], **f64)
     errors = []
     for n in (32, 64, 128, 256, 512):
-        k = torch.linspace(0, 1, n + 1, **f64)
-        k = k + 0.12*torch.sin(2*math.pi*k)
-        grid = schedule.t_of_log_snr(-2*(math.log(20) + k*math.log(0.05/20)))
+        grid = uneven(schedule, n)
         *_, end = solve(bell, x, grid, solver)
         errors.append((end.x - exact_end(schedule, grid, x, 0.3, 0.25)).abs().max().item())
     orders = [math.log2(a/b) for a, b in zip(errors, errors[1:])]
-    assert abs(orders[0] - order) < 0.12 and abs(orders[-1] - order) < 0.02, orders
+    assert abs(orders[0] - order) < 0.1 and abs(orders[-1] - order) < 0.012, orders
+
+
+def test_the_grid_catches_a_careless_2m():
+    "Without the ratio of the strides 2M is of first order; a grid that is even, or changes smoothly, does not show it."
+    bell, x, errors = GaussianMixture(FLOW, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2]], **f64), []
+    for grid in (uneven(FLOW, 256), uneven(FLOW, 512)):
+        levels, at, last = FLOW.levels(grid), x, None
+        for t, (alpha, sigma), (a, u) in zip(grid, levels, levels[1:]):
+            guess = bell(at, t).x0
+            middle = guess if last is None else guess + (guess - last)/2
+            at, last = u/sigma*at + a*(1 - alpha*u/(a*sigma))*middle, guess
+        errors.append((at - exact_end(FLOW, grid, x, 0.3, 0.25)).abs().item())
+    assert math.log2(errors[0]/errors[1]) < 1.1
 
 
 def test_the_step_of_edm_goes_up_first():
@@ -606,8 +625,9 @@ class NothingFetched(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 0],
-                                  lambda x: torch.ones(3).to(x), lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3))])
+@pytest.mark.parametrize("wait", [
+    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x.cpu(),
+    lambda x: torch.ones(3).to(x), lambda x: x.copy_(torch.ones(3))])
 def test_waiting_is_noticed(wait):
     x = torch.zeros(3, device="meta")
     with pytest.raises((RuntimeError, AssertionError, NotImplementedError)), NothingFetched(): wait(x)
@@ -620,7 +640,8 @@ class OnMeta(torch.nn.Module):
 
 
 @pytest.mark.parametrize("limit", [clamped, thresholded])
-@pytest.mark.parametrize("solver, options", [(s, {}) for s in SOLVERS] + [("ddim", dict(eta=0.5)), ("edm", dict(churn=Churn(5.)))])
+@pytest.mark.parametrize("solver, options", [
+    *((s, {}) for s in SOLVERS), ("ddim", dict(eta=0.5)), ("edm", dict(churn=Churn(5.)))])
 @pytest.mark.parametrize("schedule, prediction", [(COSINE, "eps"), (ZERO, "v"), (FLOW, "flow"), (VE, "edm")],
                          ids=["vp", "zero", "flow", "ve"])
 def test_no_number_is_fetched_from_the_device(schedule, prediction, solver, options, limit):
@@ -671,7 +692,7 @@ def test_slerp():
 
 
 # Properties
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.sampled_from(list(ALL)), st.sampled_from(list(PREDICTIONS)), st.sampled_from(list(SOLVERS)),
        st.sampled_from(list(SPACINGS)), st.sampled_from([*range(1, 31), 100, 999, 1000]),
        st.integers(0, 2**31), st.sampled_from([0., 1.]))
