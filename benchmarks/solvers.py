@@ -2,12 +2,15 @@
 
 The denoiser is exact: a mixture of 8 Gaussians in 64 dimensions, so that every error is the solver's own. 4,096 samples;
 the error is the Fréchet distance of their mean and covariance to the exact ones. Ours and diffusers' schedulers start from
-the same noise, take the same levels and draw the same fresh noise. Then, over all settings that diffusers' samplers have,
-the best at 10 calls is sought, and our default (which nobody set) is held against it. Last, what a step on a 1×4 tensor
-costs, on one thread, ours and theirs in turn. Four minutes on two cores.
+the same noise, take the same levels and draw the same fresh noise. Where diffusers stands at levels between its whole times it
+tells the network the nearest whole one; a further row shows what it reaches where the network is told the level itself, which is
+then the same solver on the same grid. Then, over all settings that diffusers' samplers have (some need scipy), the best at 10
+calls is sought, and our default (which nobody set) is held against it. Last, what a step on a 1×4 tensor costs, on one thread,
+ours and theirs in turn. Ten minutes on two cores, most of it the search.
 
     python benchmarks/solvers.py [errors] [search] [speed]        default: all three
 """
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -16,6 +19,7 @@ import statistics
 import sys
 import time
 import warnings
+from unittest import mock
 
 import diffusers
 import torch
@@ -30,12 +34,18 @@ MEANS = torch.randn(8, D, generator=torch.Generator().manual_seed(0), dtype=torc
 START = torch.randn(N, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64).float()
 VP, VE, FLOW = VPSchedule(linear_betas()), VESchedule(), FlowSchedule()
 BETAS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-TWICE = ("Heun", "KDPM2")  # two calls a step, but for the last
 
 
 def oracle(schedule): return GaussianMixture(schedule, MEANS, std=STD)
 def fresh(i): return torch.randn(N, D, generator=torch.Generator().manual_seed(100 + i))
-def steps_for(calls, name): return (calls + 1)//2 if any(n in name for n in TWICE) else calls
+def calls_of(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
+def steps_for(make, calls):
+    "The most steps that cost no more than so many calls: for some solvers a step is two, or the first ones are more."
+    return next((n for n in range(calls, 0, -1) if calls_of(make(), n) <= calls), None)
 
 
 def error(x):
@@ -47,10 +57,12 @@ def error(x):
     return float((x.mean(0) - MEANS.mean(0)).square().sum() + exact.trace() + found.trace() - 2*cross)
 
 
-def theirs(scheduler, family, steps):
-    "Sample with one of diffusers' schedulers: x and the number of calls that it took."
+def theirs(scheduler, family, steps, told=False):
+    """Sample with one of diffusers' schedulers: x and the number of calls that it took. `told`: the network is told the level
+    that x is at, not a whole time near it."""
     module, believe, at = importlib.import_module(type(scheduler).__module__), oracle(family), [0]
-    if hasattr(module, "randn_tensor"): module.randn_tensor = lambda *a, **k: fresh(at[0])
+    our_noise = mock.patch.object(module, "randn_tensor", lambda *a, **k: fresh(at[0])) \
+        if hasattr(module, "randn_tensor") else contextlib.nullcontext()
     scheduler.set_timesteps(steps)
     x = START*float(getattr(scheduler, "init_noise_sigma", 1.))
     for at[0], t in enumerate(scheduler.timesteps):
@@ -62,13 +74,18 @@ def theirs(scheduler, family, steps):
             skip = 0.25/(sigma**2 + 0.25)
             answer = (pred.x0 - skip*x)/(sigma*0.5/(sigma**2 + 0.25).sqrt())
         elif family is FLOW:
-            pred = believe(x.double(), t.double()/1000)
+            pred = believe(x.double(), level_at(scheduler, at[0]) if told else t.double()/1000)
             answer = pred.eps - pred.x0
         else:
             seen = scheduler.scale_model_input(x, t)
-            answer = believe(seen.double(), t if not t.is_floating_point() else t.double()).eps
-        x = scheduler.step(answer.float(), t, x).prev_sample
+            t_seen = t.double() if t.is_floating_point() else t
+            if told: t_seen = VP.t_of_log_snr(-2*level_at(scheduler, at[0]).log())
+            answer = believe(seen.double(), t_seen).eps
+        with our_noise: x = scheduler.step(answer.float(), t, x).prev_sample
     return x, at[0] + 1
+
+
+def level_at(scheduler, i): return torch.as_tensor(scheduler.sigmas[i]).double().cpu()
 
 
 def levels_of(scheduler, family):
@@ -100,8 +117,11 @@ PAIRS = {
         ("euler", "EulerDiscrete", {}),
         ("euler", "EulerDiscrete", dict(use_karras_sigmas=True)),
         ("heun", "HeunDiscrete", {}),
+        ("edm", "HeunDiscrete", {}),
         ("heun", "HeunDiscrete", dict(timestep_spacing="trailing")),
+        ("edm", "HeunDiscrete", dict(timestep_spacing="trailing")),
         ("heun", "HeunDiscrete", dict(use_karras_sigmas=True)),
+        ("edm", "HeunDiscrete", dict(use_karras_sigmas=True)),
         ("dpmpp_2m", DPM, {}),
         ("dpmpp_2m", DPM, dict(use_karras_sigmas=True)),
         ("dpmpp_2m", DPM, dict(use_exponential_sigmas=True)),
@@ -134,59 +154,98 @@ def errors():
     print("truth itself, a fresh sample of it:", round(error(oracle(VP).sample(N, seed=3)), 4))
     for title, (family, pairs) in PAIRS.items():
         print(f"\n{title:<66}" + "".join(f"{c:>9}" for c in CALLS))
-        worst = 0.
+        shipped, same = 0., 0.
         for solver, name, settings in pairs:
-            a, b = [], []
+            told = ", ".join([str(v) for k, v in settings.items() if k not in ("clip_sample", "prediction_type")
+                              and (v is not True or "sigmas" not in k)] + [k for k, v in settings.items() if v is True])
+            between = any(v is True for v in settings.values())  # levels of its own: between whole times
+            a, b, c = [], [], []
             for calls in CALLS:
+                steps = steps_for(lambda: make(name, family, settings), calls)
                 scheduler = make(name, family, settings)
-                x, used = theirs(scheduler, family, steps_for(calls, name))
+                x, used = theirs(scheduler, family, steps)
                 assert used <= calls
                 a.append(error(x)), b.append(error(ours(family, solver, levels_of(scheduler, family))))
-            told = ", ".join(str(v) for k, v in settings.items() if k not in ("clip_sample", "prediction_type")
-                             and v is not True) or ""
-            told = ", ".join(filter(None, [told, *(k for k, v in settings.items() if v is True)]))
+                if between: c.append(error(theirs(make(name, family, settings), family, steps, told=True)[0]))
             row(f"diffusers {name}{f' ({told})' if told else ''}", a)
+            if between: row("          the same, the network told the level itself", c)
             row(f"ours      {solver}, the same levels", b)
-            worst = max(worst, *(y/x for x, y in zip(a, b)))
-        print(f"ours over theirs, at worst: {worst:.4f}")
+            row("          ours over theirs", [y/x for x, y in zip(c or a, b)])
+            if (solver, name) == ("heun", "HeunDiscrete"): continue  # the same name, another solver: `edm` is the same
+            shipped = max(shipped, *(y/x for x, y in zip(a, b)))
+            same = max(same, *(y/x for x, y in zip(c or a, b)))
+        print(f"ours over theirs, the same solver and levels, at worst: {same:.4f} (as shipped: {shipped:.4f})")
         row("ours, default (unipc, logit)", [error(sample(oracle(family), (N, D), n, noise=START*math.hypot(
             *family.levels(torch.tensor([family.noisy]))[0]))) for n in CALLS])
         row("the exact solution from the same noise (1,000 calls)", [error(ours(
             family, "dpmpp_2m", family.grid(1000, "logit")))])
 
 
-def settings_of(cls):
+SEARCHED = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver", "EulerDiscrete",
+            "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete", "DDIM",
+            "DDPM", "PNDM")
+
+
+def settings_of(name):
     "All that can be chosen of a sampler in diffusers and could matter here."
-    known = inspect.signature(cls.__init__).parameters
-    kinds = {"solver_order": [1, 2, 3], "timestep_spacing": ["linspace", "leading", "trailing"],
-             "final_sigmas_type": ["zero", "sigma_min"], "lower_order_final": [True, False],
-             "euler_at_final": [False, True], "steps_offset": [0, 1], "set_alpha_to_one": [True, False],
-             "algorithm_type": ["deis"] if "DEIS" in cls.__name__ else ["dpmsolver++", "dpmsolver"],
-             "solver_type": ["midpoint", "heun"] if "DPM" in cls.__name__ else
-             ["bh1", "bh2"] if "UniPC" in cls.__name__ else ["logrho"]}
+    known = inspect.signature(getattr(diffusers, name + "Scheduler").__init__.__wrapped__).parameters
+    kinds = {"solver_order": [1, 2, 3], "predictor_order": [1, 2, 3], "corrector_order": [0, 1, 2, 3],
+             "timestep_spacing": ["linspace", "leading", "trailing"], "final_sigmas_type": ["zero", "sigma_min"],
+             "lower_order_final": [True, False], "euler_at_final": [False, True], "steps_offset": [0, 1],
+             "set_alpha_to_one": [True, False], "skip_prk_steps": [True, False], "predict_x0": [True, False],
+             "disable_corrector": [[], [0], list(range(20))], "clip_sample": [False],
+             "interpolation_type": ["linear", "log_linear"], "timestep_type": ["discrete", "continuous"],
+             "variance_type": ["fixed_small", "fixed_large"] if name == "DDPM" else [None],
+             "algorithm_type": {"DEISMultistep": ["deis"], "SASolver": ["data_prediction", "noise_prediction"],
+                                "DPMSolverSinglestep": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]}.get(
+                 name, ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]),
+             "solver_type": ["midpoint", "heun"] if "DPM" in name else
+             ["bh1", "bh2"] if "UniPC" in name else ["logrho"]}
     sigmas = [{}, *({k: True} for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
                                         "use_lu_lambdas") if k in known)]
     choices = [[(k, v) for v in vs] for k, vs in kinds.items() if k in known]
     for sigma, chosen in itertools.product(sigmas, itertools.product(*choices)): yield {**dict(chosen), **sigma}
 
 
+def key_of(name, settings, scheduler):
+    "What is left of the settings once they have chosen the grid: two with the same key sample the same."
+    grid = ("timestep_spacing", "steps_offset", "interpolation_type", "timestep_type")
+    rest = [(k, str(v)) for k, v in settings.items() if k not in grid and (v is not True or "sigmas" not in k)]
+    return name, *rest, *scheduler.timesteps.tolist(), *torch.as_tensor(getattr(scheduler, "sigmas", [])).tolist()
+
+
 def search(calls=10):
     "The best that any setting of any sampler in diffusers reaches on VP."
-    found, refused = [], 0
-    for name in ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep", "EulerDiscrete",
-                 "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "DDIM", "PNDM"):
-        for settings in settings_of(getattr(diffusers, name + "Scheduler")):
+    found, refused, missing, seen = [], 0, set(), set()
+    for name in SEARCHED:
+        for settings in settings_of(name):
             try:
-                x, used = theirs(make(name, VP, settings), VP, steps_for(calls, name))
-            except (ValueError, NotImplementedError, IndexError, RuntimeError):  # settings that exclude each other
-                refused += 1
+                steps = steps_for(lambda: make(name, VP, settings), calls)
+                if steps is None: continue
+                scheduler = make(name, VP, settings)
+                scheduler.set_timesteps(steps)
+                key = key_of(name, settings, scheduler)
+                if key in seen: continue
+                seen.add(key)
+                x, used = theirs(make(name, VP, settings), VP, steps)
+            except ImportError as e:
+                missing.add(str(e))
+                continue
+            except (ValueError, NotImplementedError, IndexError, RuntimeError, AssertionError):
+                refused += 1  # settings that exclude each other
                 continue
             if used <= calls and x.isfinite().all(): found.append((error(x), name, settings))
     found.sort(key=lambda f: f[0])
-    print(f"\n{len(found)} settings of diffusers at {calls} calls on VP ({refused} are refused); the best five:")
+    print(f"\n{len(found)} settings of diffusers at {calls} calls on VP "
+          f"({refused} are refused by itself); the best five:")
     for score, name, settings in found[:5]: print(f"{score:.4f}  {name} {settings}")
+    for name in SEARCHED:
+        best = min((f for f in found if f[1] == name), key=lambda f: f[0], default=(math.nan,))
+        print(f"    best of {name:<24}{best[0]:.4f}")
+    for text in sorted(missing): print(f"not searched: {text}")
     own = error(sample(oracle(VP), (N, D), calls, noise=START))
     other = error(theirs(make(DPM, VP, {}), VP, 2*calls)[0])
+    print(f"{error(ours(VP, 'dpmpp_2m', VP.grid(1000))):.4f}  the exact solution from the same noise: the samples' own noise")
     print(f"{own:.4f}  ours, default: {own/found[0][0]:.2f} × the best, "
           f"{own/other:.2f} × diffusers' default DPMSolverMultistep at {2*calls} ({other:.4f})")
 

@@ -411,7 +411,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler.State': ('sampler.html#state', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler.Step': ('sampler.html#step', 'diffusion_model/sampler.py'),
-                                         'diffusion_model.sampler.Step.memory': ('sampler.html#step.memory', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._check': ('sampler.html#_check', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._check_grid': ('sampler.html#_check_grid', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._continued': ('sampler.html#_continued', 'diffusion_model/sampler.py'),

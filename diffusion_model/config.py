@@ -240,10 +240,11 @@ def _check_diffusion(diffusion: DiffusionConfig) -> list[str]:
         "diffusion.prediction: found 'eps' with " + ("schedule 'flow'" if d.schedule == "flow" else
         "zero_terminal_snr") + ", which ends without signal: noise says nothing about the image "
         "there: choose 'flow', 'v', 'x0' or 'edm'")
-    if d.schedule == "linear" and d.timesteps < 20: lines.append(
-        f"diffusion.timesteps: found {d.timesteps}; linear betas rescaled to fewer than 20 steps "
-        "reach 1: choose at least 20, or schedule 'cosine'")
-    if d.schedule in ("linear", "scaled_linear") and d.beta_start > d.beta_end: lines.append(
+    linear = d.schedule in ("linear", "scaled_linear")
+    if linear and d.beta_end*(1000/d.timesteps) >= 1: lines.append(
+        f"diffusion.timesteps: found {d.timesteps}; betas rescaled to so few steps reach 1: "
+        f"choose at least {math.floor(1000*d.beta_end) + 1}, or schedule 'cosine'")
+    if linear and d.beta_start > d.beta_end: lines.append(
         f"diffusion.beta_start: found {d.beta_start}, above beta_end {d.beta_end}: swap them")
     if (d.schedule == "betas") != (d.betas is not None): lines.append(
         "diffusion.betas: " + ("needed for schedule 'betas': give a list, each between 0 and 1"

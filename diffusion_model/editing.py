@@ -6,6 +6,8 @@
 __all__ = ['image_to_image', 'inpaint', 'invert', 'slerp', 'interpolate']
 
 # %% ../nbs/08b_editing.ipynb #00d3947f
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def inpaint(
     grid, at = denoiser.schedule.grid(steps, spacing), torch.arange(len(image)) + first
     levels, at = denoiser.schedule.levels(grid), at.to(image.device)
     draw = lambda name: counter_normal(seed, name, at, tuple(image.shape[1:])).to(image.dtype)
-    x = levels[0].sigma*draw("start") + levels[0].alpha*image
+    x = math.hypot(*levels[0])*draw("start")  # nothing of what is in the hole
     with evaluating(denoiser):
         for i, (here, there) in enumerate(zip(levels, levels[1:])):
             for k in range(repeats if there.sigma else 1):

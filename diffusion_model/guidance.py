@@ -42,6 +42,8 @@ def guided(
         g, inside = scale, (sigma/alpha > low) & (sigma/alpha <= high)
         if interval and t.ndim: g = expand(torch.where(inside, g, 1.), x)
         elif interval and not inside: return denoiser(x, t, y)
+        if y is None: raise ValueError(f"guidance_scale: found {scale:g}, and no labels: pass y, "
+                                       "or choose 1 (off) for an unconditional model")
         both = torch.cat([y, torch.full_like(y, NO_LABEL)])
         pred = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both)
         (x0, x0_none), (eps, eps_none) = pred.x0.chunk(2), pred.eps.chunk(2)

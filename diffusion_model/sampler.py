@@ -63,13 +63,15 @@ def euler_step(x: Tensor, pred: Pred, here: Level, there: Level) -> Tensor:
 def heun_step(
     x: Tensor, pred: Pred, here: Level, there: Level,
     believe: Callable[[Tensor], Pred],  # the denoiser at `there`
+    c: float = 1.,                      # 1: the coordinates of rectified flow, 0: EDM's
 ) -> Tensor:
-    "One step of Heun's method, in the coordinates of rectified flow."
+    "One step of Heun's method, for x/(α + cσ) over σ/(α + cσ) (Karras et al. 2022, Algorithm 1)."
     (alpha, sigma), (a, u) = here, there
-    first = ddim_step(x, pred, here, there)  # Euler's
-    if u == 0: return first
-    again, half = believe(first), (u - (a + u)*sigma/(alpha + sigma))/2
-    return first.add((again.eps - again.x0) - (pred.eps - pred.x0), alpha=half)
+    first, size = ddim_step(x, pred, here, there), alpha + c*sigma  # Euler's
+    if u == 0 or size == 0: return first
+    again, half = believe(first), (u - (a + c*u)*sigma/size)/2
+    turn = again.eps.sub(again.x0, alpha=c) - pred.eps.sub(pred.x0, alpha=c)
+    return first.add(turn, alpha=half)
 
 # %% ../nbs/08_sampler.ipynb #bab97406
 def _stride(here: Level, there: Level) -> float:
@@ -163,18 +165,13 @@ class Step(NamedTuple):
     noise: Callable[[], Tensor]         # fresh noise, drawn by counter when it is asked for
     believe: Callable[[Tensor], Pred]   # the denoiser at `there`, for solvers that look twice
 
-    @property
-    def memory(self) -> tuple[Pred, Level] | None:
-        return self.last and (self.last.pred, self.last.here)
-
-
 #: name -> solver(step) -> x at step.there
 SOLVERS = {
-    "unipc": lambda s: dpmpp_2m_step(*s[:4], s.memory),  # corrected in the loop
-    "dpmpp_2m": lambda s: dpmpp_2m_step(*s[:4], s.memory),
-    "dpmpp_2m_sde": lambda s: dpmpp_2m_sde_step(*s[:4], s.memory, s.noise()),
+    "unipc": lambda s: dpmpp_2m_step(*s[:4], s.last and s.last[1:3]),  # corrected in the loop
+    "dpmpp_2m": lambda s: dpmpp_2m_step(*s[:4], s.last and s.last[1:3]),
+    "dpmpp_2m_sde": lambda s: dpmpp_2m_sde_step(*s[:4], s.last and s.last[1:3], s.noise()),
     "heun": lambda s: heun_step(*s[:4], s.believe),
-    "edm": lambda s: heun_step(*s[:4], s.believe),  # from the churned level
+    "edm": lambda s: heun_step(*s[:4], s.believe, 0.),  # from the churned level
     "euler": lambda s: euler_step(*s[:4]),
     "ddim": lambda s: ddim_step(*s[:4], s.eta, s.noise() if s.eta else None),
     "ddpm": lambda s: ddpm_step(*s[:4], s.noise()),
@@ -227,10 +224,9 @@ def _check(denoiser, shape, solver, eta, churn, y) -> None:
         if value and solver != owner: raise ValueError(
             f"{name}: found {value} with solver '{solver}'; only '{owner}' has it")
     classes = getattr(denoiser, "num_classes", 0)
-    if y is None:
-        if classes: raise ValueError(f"labels: none given, and the model knows {classes} classes: "
-                                     f"pass y, each 0 to {classes - 1}, or -1 for no label")
-        return
+    if y is None and not classes: return
+    if y is None: raise ValueError(f"labels: none given, and the model knows {classes} classes: "
+                                   f"pass y, each 0 to {classes - 1}, or -1 for no label")
     if not classes: raise ValueError("labels: given to an unconditional model: leave them out")
     if y.shape != (shape[0],): raise ValueError(
         f"labels: found shape {tuple(y.shape)}; one for each of {shape[0]} samples")

@@ -83,7 +83,7 @@ def _rescaled(betas: Tensor, T: int) -> Tensor:
 
 
 def linear_betas(
-    T: int = 1000,           # steps; at least 20 for the defaults
+    T: int = 1000,           # steps; at least 21 for the defaults
     start: float = 1e-4,     # β_0, stated for T = 1000
     end: float = 0.02,       # β_{T-1}, stated for T = 1000
 ) -> Tensor:                 # (T,) float64

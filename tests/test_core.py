@@ -3,6 +3,8 @@ import itertools, math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hypothesis import given, settings, strategies as st
 
@@ -45,7 +47,8 @@ def test_betas_are_rescaled():
     assert math.isclose(VPSchedule(linear_betas(100)).alphas_cumprod[-1], 2.04e-5, rel_tol=3e-3)
     assert math.isclose((1 - torch.linspace(1e-4, 0.02, 100, **f64)).prod(), 0.36356, abs_tol=5e-6)
     with pytest.raises(ValueError, match="found 19"): linear_betas(19)
-    with pytest.raises(ValueError, match="must stay below 1|each must lie"): VPSchedule(linear_betas(20))
+    with pytest.raises(ValueError, match="found 20; .*reach 1"): linear_betas(20)
+    VPSchedule(linear_betas(21))
 
 
 @pytest.mark.parametrize("betas", [[0.], [1.], [0.1, 1.2], [-0.1], [float("nan")]])
@@ -273,38 +276,45 @@ def test_ddim_with_eta_one_has_ddpms_variance():
 
 
 # Fact 5
-@pytest.mark.parametrize("data_variance, variance, ends_at", [(1., "beta", 1.), (1., "posterior", 0.99107), (0., "posterior", 0.)])
-def test_ancestral_marginals(data_variance, variance, ends_at):
-    "For Gaussian data the variance of DDPM's samples closes, step by step."
-    v = torch.ones((), **f64)
+def ancestral(data_variance, noise):
+    "For data N(0, data_variance) the variance of DDPM's samples closes: it, and the true one, after each step."
+    a, b = LINEAR.alpha_sigma(torch.arange(1000))
+    v = a[999]**2*data_variance + b[999]**2
     for t in range(999, -1, -1):
-        a, s = LINEAR.alpha_sigma(torch.tensor(t))
-        gain = a*data_variance/(a*a*data_variance + s*s)  # E[x_0 | x_t] = gain·x_t
+        gain = a[t]*data_variance/(a[t]**2*data_variance + b[t]**2)  # E[x_0 | x_t] = gain·x_t
+        left = data_variance*(1 - a[t]*gain)                         # Var(x_0 | x_t)
         slope = LINEAR.posterior_mean_coef1[t]*gain + LINEAR.posterior_mean_coef2[t]
-        noise = LINEAR.posterior_variance[t] if variance == "posterior" else LINEAR.betas[t]
-        if data_variance == 0 and t == 0: noise = 0.
-        v = slope**2*v + noise
-    assert math.isclose(v.sqrt() if ends_at not in (0., 1.) else v, ends_at, abs_tol=2e-5) or \
-        math.isclose(v, ends_at, abs_tol=2e-5)
+        v = slope**2*v + noise(t, left)
+        yield v.item(), (LINEAR.alphas_cumprod_prev[t]*data_variance + 1 - LINEAR.alphas_cumprod_prev[t]).item()
+
+
+PAIRS = {"a point, β̃": (0., lambda t, left: LINEAR.posterior_variance[t]),
+         "standard normal, β": (1., lambda t, left: LINEAR.betas[t]),
+         **{f"any Gaussian ({d}), β̃ + c1²·Var(x_0|x_t)":
+            (d, lambda t, left: LINEAR.posterior_variance[t] + LINEAR.posterior_mean_coef1[t]**2*left)
+            for d in (0.04, 0.25, 1., 3.)}}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_ancestral_marginals_are_exact(pair):
+    for got, true in ancestral(*PAIRS[pair]): assert math.isclose(got, true, rel_tol=1e-10, abs_tol=1e-12)
+
+
+def test_the_wrong_variance_is_seen():
+    *_, (got, true) = ancestral(1., lambda t, left: LINEAR.posterior_variance[t])
+    assert true == 1 and math.isclose(got, 0.99107, abs_tol=5e-6)
 
 
 # Fact 7
-@pytest.mark.parametrize("name", ALL)
-def test_one_path_in_all_coordinates(name):
+def test_one_path_in_all_coordinates():
     "On one log-SNR grid DDIM gives the same x/α, whatever the schedule."
-    snr = torch.linspace(-8, 6, 12, **f64)
-    ratio = (-snr/2).exp()  # σ/α
-    flow_t = ratio/(1 + ratio)
-    x_over_alpha = []
-    for alpha in ((1 + ratio**2)**-0.5, torch.ones(12, **f64), 1 - flow_t):  # VP, VE, flow
-        x = torch.tensor([1.3], **f64)*ratio[0]*alpha[0]
-        for i in range(11):
-            a, s, a2, s2 = alpha[i], alpha[i]*ratio[i], alpha[i + 1], alpha[i + 1]*ratio[i + 1]
-            x0 = 0.3 + a*0.25/(a*a*0.25 + s*s)*(x - a*0.3)
-            pred = type("P", (), {"x0": x0, "eps": (x - a*x0)/s})
-            x = ddim_step(x, pred, (a.item(), s.item()), (a2.item(), s2.item()))
-        x_over_alpha.append((x/alpha[-1]).item())
-    assert max(x_over_alpha) - min(x_over_alpha) < 1e-10
+    snr, ends = torch.linspace(-5, 6, 12, **f64), {}
+    for name, schedule in ALL.items():
+        grid = schedule.t_of_log_snr(snr)
+        bell = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5)
+        *_, end = solve(bell, torch.tensor([[1.3]], **f64)*schedule.alpha_sigma(grid[0])[0], grid, "ddim")
+        ends[name] = (end.x/schedule.alpha_sigma(grid[-1])[0]).item()
+    assert max(ends.values()) - min(ends.values()) < 1e-10
 
 
 def test_euler_is_ddim():
@@ -321,20 +331,49 @@ def exact_end(schedule, grid, x, mu, v):
     return a*mu + (x - alpha*mu)*math.sqrt((a*a*v + u*u)/(alpha*alpha*v + sigma*sigma))
 
 
+class Circle(FlowSchedule):
+    "VP without the corners of a table."
+    def alpha_sigma(self, t): return (t.double()*math.pi/2).cos(), (t.double()*math.pi/2).sin()
+    def t_of_log_snr(self, l): return torch.atan((-l/2).exp())*2/math.pi
+
+
+SMOOTH = Circle()
+
+
+def uneven(schedule, steps):
+    "σ/α from 20 to 0.05: denser in places, and strides long and short by turns."
+    k = torch.linspace(0, 1, steps + 1, **f64)
+    k = k + 0.1*torch.sin(2*math.pi*k)
+    k[1:-1:2] += 0.2/steps
+    return schedule.t_of_log_snr(-2*(math.log(20) + k*math.log(0.05/20)))
+
+
 @pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2),
                                            ("unipc", 3)])
-@pytest.mark.parametrize("schedule", [FLOW, VE], ids=["flow", "ve"])
+@pytest.mark.parametrize("schedule", [SMOOTH, FLOW, VE], ids=["vp", "flow", "ve"])
 def test_orders(schedule, solver, order):
-    "On an uneven grid that stops above zero. (VP between its table's points is in the notebook.)"
+    "On an uneven grid that stops above zero."
     bell, x = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2], [-0.7]], **f64)
     errors = []
-    for n in (128, 256, 512):
-        k = torch.linspace(0, 1, n + 1, **f64)
-        k = k + 0.12*torch.sin(2*math.pi*k)
-        grid = schedule.t_of_log_snr(-2*(math.log(20) + k*math.log(0.05/20)))
+    for n in (32, 64, 128, 256, 512):
+        grid = uneven(schedule, n)
         *_, end = solve(bell, x, grid, solver)
         errors.append((end.x - exact_end(schedule, grid, x, 0.3, 0.25)).abs().max().item())
-    for a, b in zip(errors, errors[1:]): assert abs(math.log2(a/b) - order) < 0.08
+    orders = [math.log2(a/b) for a, b in zip(errors, errors[1:])]
+    assert abs(orders[0] - order) < 0.1 and abs(orders[-1] - order) < 0.012, orders
+
+
+def test_the_grid_catches_a_careless_2m():
+    "Without the ratio of the strides 2M is of first order; a grid that is even, or changes smoothly, does not show it."
+    bell, x, errors = GaussianMixture(FLOW, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2]], **f64), []
+    for grid in (uneven(FLOW, 256), uneven(FLOW, 512)):
+        levels, at, last = FLOW.levels(grid), x, None
+        for t, (alpha, sigma), (a, u) in zip(grid, levels, levels[1:]):
+            guess = bell(at, t).x0
+            middle = guess if last is None else guess + (guess - last)/2
+            at, last = u/sigma*at + a*(1 - alpha*u/(a*sigma))*middle, guess
+        errors.append((at - exact_end(FLOW, grid, x, 0.3, 0.25)).abs().item())
+    assert math.log2(errors[0]/errors[1]) < 1.1
 
 
 def test_the_step_of_edm_goes_up_first():
@@ -389,6 +428,27 @@ def test_oracle_of_a_data_set():
     each = oracle(x[:3], torch.tensor([50, 400, 900])).x0  # one time for each image
     rows = torch.cat([oracle(x[i:i + 1], t).x0 for i, t in enumerate(torch.tensor([50, 400, 900]))])
     assert torch.allclose(each, rows, atol=1e-8)
+
+
+def test_no_network_is_better_than_the_oracle():
+    "The loss by quadrature, not by chance: no change of the answer lowers it, and training only comes near."
+    data, t = torch.tensor([[-0.8], [0.1], [0.9]], **f64), torch.tensor(500)
+    oracle, (alpha, sigma) = GaussianMixture(COSINE, data), COSINE.alpha_sigma(t)
+    x = torch.linspace(-5, 5, 2001, **f64)[:, None]
+    p = torch.exp(-(x - alpha*data.T)**2/(2*sigma**2))  # (x, point)
+    p /= p.sum()
+    loss = lambda guess: (p*(guess - data.T)**2).sum()
+    floor = loss(oracle(x, t).x0)
+    for name in ("a", "b", "c"):
+        change = counter_normal(0, name, torch.arange(2001), (1,)).double()
+        for size in (0.1, -0.1, 1e-3): assert loss(oracle(x, t).x0 + size*change) > floor
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    adam, losses = torch.optim.Adam(net.parameters(), 1e-2), []
+    for _ in range(300):
+        losses.append(loss(net(x)))
+        losses[-1].backward(), adam.step(), adam.zero_grad()
+    assert min(losses) > floor and losses[-1] < 1.01*floor
 
 
 # Sampling
@@ -494,6 +554,11 @@ def test_guidance_refused(rescale, interval, says):
     with pytest.raises(ValueError, match=says): guided(LABELLED, 2., rescale, interval)
 
 
+def test_guidance_needs_labels():
+    with pytest.raises(ValueError, match="guidance_scale: found 2, and no labels"):
+        sample(guided(GaussianMixture(COSINE, torch.zeros(1, 2)), 2.), (1, 2))
+
+
 def test_guidance_in_an_interval_for_a_batch_of_times():
     t, x = torch.tensor([100, 500, 990]), torch.randn(3, 3, **f64)
     y = torch.tensor([0, 1, 2])
@@ -547,19 +612,44 @@ def test_likelihood_given_a_label():
 
 
 # Nothing in the loop waits for a device
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("schedule", [COSINE, FLOW, VE], ids=["vp", "flow", "ve"])
-def test_no_number_is_fetched_from_the_device(solver, schedule):
-    "Tensors on the device 'meta' have no values: whatever needs one (item, if, tolist) raises."
-    class Net(torch.nn.Module):
-        num_classes = 3
-        def __init__(self): super().__init__(); self.layer = torch.nn.Linear(4, 4, device="meta")
-        def forward(self, x, t, y): return self.layer(x)*t[:, None]
-    denoiser = clamped(guided(Denoiser(Net(), schedule, "v"), 3., 0.7, (0.1, 5.)))
-    with pytest.raises(RuntimeError): torch.zeros((), device="meta").item()
-    options = dict(eta=0.5) if solver == "ddim" else dict(churn=Churn(5.)) if solver == "edm" else {}
+class NothingFetched(TorchDispatchMode):
+    """Raises where a number of the device is asked for, or a tensor is carried from one device to another: both wait.
+    (The device is 'meta', whose tensors have no values at all.)"""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        there, = {v.device.type for v in tree_leaves(out) if isinstance(v, torch.Tensor)} or {"cpu"}
+        here = {v.device.type for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+        waits = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        carries = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        assert not (waits and "meta" in here) and not (carries and here != {there}), func
+        return out
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x.cpu(),
+    lambda x: torch.ones(3).to(x), lambda x: x.copy_(torch.ones(3))])
+def test_waiting_is_noticed(wait):
+    x = torch.zeros(3, device="meta")
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)), NothingFetched(): wait(x)
+
+
+class OnMeta(torch.nn.Module):
+    num_classes = 3
+    def __init__(self): super().__init__(); self.layer = torch.nn.Linear(4, 4, device="meta")
+    def forward(self, x, t, y): return self.layer(x)*t[:, None]
+
+
+@pytest.mark.parametrize("limit", [clamped, thresholded])
+@pytest.mark.parametrize("solver, options", [
+    *((s, {}) for s in SOLVERS), ("ddim", dict(eta=0.5)), ("edm", dict(churn=Churn(5.)))])
+@pytest.mark.parametrize("schedule, prediction", [(COSINE, "eps"), (ZERO, "v"), (FLOW, "flow"), (VE, "edm")],
+                         ids=["vp", "zero", "flow", "ve"])
+def test_no_number_is_fetched_from_the_device(schedule, prediction, solver, options, limit):
+    denoiser = limit(guided(Denoiser(OnMeta(), schedule, prediction), 3., 0.7, (0.1, 5.)))
     # labels are checked before the loop, so they start on the CPU
-    *_, last = sample_iter(denoiser, (2, 4), 6, solver, y=torch.tensor([0, 2]), **options)
+    states = sample_iter(denoiser, (2, 4), 6, solver, y=torch.tensor([0, 2]), **options)
+    next(states)
+    with NothingFetched(): *_, last = states
     assert last.x.device.type == "meta" and last.t.device.type == "cpu"
 
 
@@ -575,6 +665,8 @@ def test_editing():
     filled = inpaint(flow, image, mask, steps=5, repeats=2)
     assert torch.equal(filled[:, ~mask], image[:, ~mask]) and not torch.allclose(filled, image)
     assert torch.allclose(inpaint(flow, image[1:3], mask, steps=5, first=1), inpaint(flow, image, mask, steps=5)[1:3])
+    hole = torch.where(mask, torch.nan, image)  # what is in the hole does not matter
+    assert torch.equal(inpaint(flow, hole, mask, steps=5), inpaint(flow, image, mask, steps=5))
     with pytest.raises(ValueError, match="allowed: bool"): inpaint(flow, image, mask.float())
     with pytest.raises(ValueError, match="at least 2"): interpolate(flow, image, image, n=1)
     for bad in (0., 1.1, -1.):
@@ -600,9 +692,9 @@ def test_slerp():
 
 
 # Properties
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.sampled_from(list(ALL)), st.sampled_from(list(PREDICTIONS)), st.sampled_from(list(SOLVERS)),
-       st.sampled_from(list(SPACINGS)), st.one_of(st.integers(1, 30), st.sampled_from([100, 999, 1000])),
+       st.sampled_from(list(SPACINGS)), st.sampled_from([*range(1, 31), 100, 999, 1000]),
        st.integers(0, 2**31), st.sampled_from([0., 1.]))
 def test_every_combination(name, prediction, solver, spacing, steps, seed, stochastic):
     "Finite, ends clean, the same under a seed, and independent of how the batch is split."
@@ -634,5 +726,5 @@ def test_every_combination(name, prediction, solver, spacing, steps, seed, stoch
     assert torch.equal(whole, go(0, 4)[-1].x)
     scale = whole.abs().max().clamp(min=1)  # long steps can throw far out; rounding grows with them
     assert torch.allclose(whole/scale, torch.cat([go(0, 1)[-1].x, go(1, 3)[-1].x])/scale, atol=1e-6)
-    if solver not in ("ddpm_beta",): assert torch.equal(whole, states[-1].pred.x0) or torch.allclose(
-        whole/scale, states[-1].pred.x0/scale, atol=1e-9)  # the last step gives x̂_0: no noise is left
+    # the last step gives x̂_0: no noise is left
+    assert torch.allclose(whole/scale, states[-1].pred.x0/scale, atol=1e-9)

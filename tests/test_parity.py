@@ -8,7 +8,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusion_model.oracle import GaussianMixture
 from diffusion_model.sampler import solve
-from diffusion_model.scheduler import FlowSchedule, VPSchedule, linear_betas
+from diffusion_model.scheduler import (FlowSchedule, VPSchedule, cosine_betas, linear_betas, scaled_linear_betas,
+                                       sigmoid_betas)
 
 VP, FLOW = VPSchedule(linear_betas()), FlowSchedule()
 MEANS = torch.tensor([[0.5, -0.3, 0.2], [-0.6, 0.4, 0.1], [0.1, 0.6, -0.7]])
@@ -67,12 +68,13 @@ def test_ddpm(monkeypatch, variance, solver, kind, spacing, steps):
     same(xs, got)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("eta", [0., 0.5, 1.])
 @pytest.mark.parametrize("spacing, steps", [("leading", 10), ("trailing", 10), ("trailing", 50)])
-def test_ddim(monkeypatch, eta, spacing, steps):
-    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing=spacing)
+def test_ddim(monkeypatch, eta, kind, spacing, steps):
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing=spacing, prediction_type=kind)
     scheduler.set_timesteps(steps)
-    xs, grid = theirs(scheduler, monkeypatch, eta=eta)
+    xs, grid = theirs(scheduler, monkeypatch, kind, eta=eta)
     same(xs, ours(grid, "ddim", eta=eta))
 
 
@@ -96,12 +98,14 @@ def test_euler(monkeypatch, spacing, steps):
     same(xs, ours(grid, "euler"))
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("algorithm, solver", [("dpmsolver++", "dpmpp_2m"), ("sde-dpmsolver++", "dpmpp_2m_sde")])
 @pytest.mark.parametrize("spacing, steps", [("trailing", 10), ("linspace", 10), ("trailing", 40)])
-def test_dpmpp_2m(monkeypatch, algorithm, solver, spacing, steps):
-    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type=algorithm, timestep_spacing=spacing)
+def test_dpmpp_2m(monkeypatch, algorithm, solver, kind, spacing, steps):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type=algorithm, timestep_spacing=spacing,
+                                                      prediction_type=kind)
     scheduler.set_timesteps(steps)
-    xs, grid = theirs(scheduler, monkeypatch)
+    xs, grid = theirs(scheduler, monkeypatch, kind)
     same(xs, ours(grid, solver))
 
 
@@ -114,23 +118,20 @@ def test_unipc_differs_in_its_first_correction(monkeypatch):
     for a, b in zip(xs, ours(grid, "unipc")): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_heun_averages_in_other_coordinates(monkeypatch):
-    """HeunDiscrete averages the slopes of x/α over σ/α, ours those of x/(α+σ) over σ/(α+σ): the same order, other
-    numbers. Held against their formula here, and against FlowMatchHeun, whose coordinates are ours, below."""
-    scheduler = diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing="trailing")
-    scheduler.set_timesteps(10)
-    oracle = GaussianMixture(VP, MEANS, std=0.2)
-    x, grid = START*((1 + scheduler.sigmas[0]**2)**0.5), [999 - 100*i for i in range(10)] + [-1]
+@pytest.mark.parametrize("spacing, steps", [("trailing", 10), ("linspace", 10), ("trailing", 40)])
+def test_heun(spacing, steps):
+    """HeunDiscrete is EDM's: slopes of x/α, averaged over σ/α; so is our `edm`. (Our `heun` averages those of x/(α+σ) over
+    σ/(α+σ), which is FlowMatchHeun's, below.) It calls twice a step, but once for the last."""
+    scheduler = diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    grid = torch.cat([scheduler.timesteps.unique().flip(0).long(), torch.tensor([-1])])
+    oracle, xs, x = GaussianMixture(VP, MEANS, std=0.2), [], START*((1 + scheduler.sigmas[0]**2)**0.5)
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t)
         x = scheduler.step(oracle(seen, t.long()).eps, t, x).prev_sample
-    levels, karras = VP.levels(torch.tensor(grid)), START.double()
-    for t, s, here, there in zip(grid, grid[1:], levels, levels[1:]):
-        pred = oracle(karras, torch.tensor(t))
-        karras = there.alpha*pred.x0 + there.sigma*pred.eps
-        if there.sigma: karras = karras + (there.sigma - there.alpha*here.sigma/here.alpha)/2*(
-            oracle(karras, torch.tensor(s)).eps - pred.eps)
-    torch.testing.assert_close(x, karras.float(), atol=1e-4, rtol=1e-4)
+        xs.append(x)
+    xs = [x*level.alpha for x, level in zip(xs[1::2] + xs[-1:], VP.levels(grid[1:]))]
+    same(xs, ours(grid, "edm"))
 
 
 @pytest.mark.parametrize("name, solver", [("Euler", "euler"), ("Euler", "ddim"), ("Heun", "heun")])
@@ -154,6 +155,39 @@ def test_karras_sigmas(steps):
     scheduler.set_timesteps(steps)
     ratio = [s/a for a, s in VP.levels(VP.grid(steps, "karras"))]
     torch.testing.assert_close(torch.tensor(ratio), scheduler.sigmas, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name, betas", [("linear", linear_betas()), ("squaredcos_cap_v2", cosine_betas()),
+                                         ("scaled_linear", scaled_linear_betas())])
+def test_betas(name, betas):
+    ends = {} if name == "squaredcos_cap_v2" else dict(beta_start=betas[0].item(), beta_end=betas[-1].item())
+    scheduler = diffusers.DDPMScheduler(1000, beta_schedule=name, **ends)
+    torch.testing.assert_close(betas.float(), scheduler.betas, atol=1e-7, rtol=1e-5)
+
+
+def test_betas_of_fewer_steps():
+    "Theirs are not rescaled: 100 steps leave 36 % of the signal's variance, ours what 1000 do."
+    left = diffusers.DDPMScheduler(**{**BETAS, "num_train_timesteps": 100}).alphas_cumprod[-1]
+    assert abs(left - 0.36356) < 1e-5 and VPSchedule(linear_betas(100)).alphas_cumprod[-1] < 1e-4
+
+
+def test_sigmoid_names_another_curve():
+    "Theirs is a sigmoid of the betas, ours (Jabri et al. 2022) of the share of signal."
+    theirs = diffusers.DDPMScheduler(1000, beta_schedule="sigmoid").alphas_cumprod[500]
+    assert abs(VPSchedule(sigmoid_betas()).alphas_cumprod[500] - 0.5) < 0.01 and theirs < 0.3
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 4, 7, 10, 50, 999, 1000])
+def test_grids(spacing, steps):
+    scheduler = diffusers.DDIMScheduler(**BETAS, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    grid = VP.grid(steps, spacing)[:-1]
+    if (spacing, steps) == ("linspace", 1):  # theirs asks at the clean end
+        assert scheduler.timesteps.tolist() == [0] and grid.tolist() == [999]
+    elif (spacing, steps) == ("linspace", 7):  # theirs rounds halves to even numbers: 832.5 is 832, ours 833
+        assert (grid - scheduler.timesteps).tolist() == [0, 1, 0, 0, 0, 0, 0]
+    else: torch.testing.assert_close(scheduler.timesteps, grid)
 
 
 def test_zero_terminal_snr():
