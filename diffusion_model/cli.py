@@ -120,7 +120,7 @@ def train(args, overrides) -> int:
     say(f"samples: {run}/samples; more: diffusion-sample --checkpoint {run}")
     return 0
 
-
+# %% ../nbs/17_cli.ipynb #2274f886
 def train_command(argv: list[str] = None) -> int:
     "The command `diffusion-train`."
     return _guarded(train, train_parser(), sys.argv[1:] if argv is None else argv)
@@ -213,14 +213,14 @@ def draw_samples(args, overrides) -> int:
         keep=16 if args.film else 0, progress=sys.stderr.isatty())
     for i, image in enumerate(images):
         named = labels and checkpoint.classes and labels[i] >= 0
-        name = "_" + re.sub(r"\W+", "-", checkpoint.classes[labels[i]]) if named else ""
+        name = "_" + re.sub(r"\W+", "-", checkpoint.classes[labels[i]])[:80] if named else ""
         save_grid(image, out/f"{i:05d}{name}.png", pad=0)
     save_grid(images, out/"grid.png")
     if args.film: save_film(film, out/"film.gif", scale=3)
     print(f"{len(images)} images and grid.png in {out}")
     return 0
 
-
+# %% ../nbs/17_cli.ipynb #cc4d0c6a
 def sample_command(argv: list[str] = None) -> int:
     "The command `diffusion-sample`."
     return _guarded(draw_samples, sample_parser(), sys.argv[1:] if argv is None else argv)

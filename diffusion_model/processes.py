@@ -44,7 +44,7 @@ def _reconnect(backend: str, patience: timedelta) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
                             rank=rank, world_size=size, timeout=patience)
 
-
+# %% ../nbs/12b_processes.ipynb #3fee8be7
 class World:
     "The processes of a run. Alone, there is one, and nothing is ever waited for."
     def __init__(self,

@@ -95,7 +95,7 @@ class Trainer:
             f"model.num_classes: found {wanted}; the data in '{self.cfg.data.root}' has "
             f"{len(there) if there else 'no'} classes: choose {len(there) if there else 0}"])
 
-
+# %% ../nbs/13_training.ipynb #0f0c42a5
 def _counted(cfg: Config, images: int) -> Config:
     "The same config, with passes over the data counted in steps."
     cfg, t = cfg.model_copy(deep=True), cfg.training
@@ -169,7 +169,7 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     self.step += 1
     return {"loss": loss/seen, "lr": lr, "grad_norm": norm, "skipped": t.batch_size - int(seen)}
 
-
+# %% ../nbs/13_training.ipynb #0cf47895
 @patch
 def _explode(self: Trainer, batch: Batch, losses: Tensor, lr: float, norm: float):
     "Raise the error that says where numbers stopped being finite."
@@ -194,7 +194,7 @@ def catch_signals(names=("SIGINT", "SIGTERM", "SIGUSR1")):
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-
+# %% ../nbs/13_training.ipynb #49fcb9ab
 @contextlib.contextmanager
 def _advice(trainer: Trainer):
     "Say what helps where memory runs out."
@@ -228,7 +228,7 @@ def fit(self: Trainer) -> "Trainer":
         self.tell("finished" if done else "stopped", self.step)
     return self
 
-
+# %% ../nbs/13_training.ipynb #6ad5c4cb
 @patch
 def _begin(self: Trainer, enter) -> list:
     "Take the run directory, open the trackers, listen to signals: the list that notes them."
@@ -261,7 +261,7 @@ def save(self: Trainer) -> Path | None:
         classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints,
         keep_best=self.cfg.logging.keep_best, score=score if step == self.step else None)
 
-
+# %% ../nbs/13_training.ipynb #3fdf7e71
 @patch
 def resume(self: Trainer,
     path,      # a run directory (its newest valid checkpoint) or a step directory
@@ -282,7 +282,8 @@ def resume(self: Trainer,
     if scaler and self.scaler.is_enabled(): self.scaler.load_state_dict(scaler)
     remembered = checkpoint.trainer.get("callbacks", {})
     for callback in self.callbacks:
-        if type(callback).__name__ in remembered: callback.state = remembered[type(callback).__name__]
+        state = remembered.get(type(callback).__name__)
+        if state is not None: callback.state = state
     self.step = checkpoint.step
     return changes
 
@@ -293,31 +294,33 @@ class Callback:
     def after_step(self, trainer: Trainer, metrics: dict) -> None: "After each step."
     def end(self, trainer: Trainer) -> None: "After the last step, or the one of a signal."
 
-
+# %% ../nbs/13_training.ipynb #7eb24b46
 class Log(Callback):
     "Metrics every so many steps: the mean loss since the last line, images a second, ..."
     def __init__(self, every: int):
-        self.every, self.state, self.seconds, self.images = every, {"losses": []}, 0., 0
+        self.every, self.state = every, {"losses": [], "skipped": 0}
+        self.seconds, self.images = 0., 0
 
     def after_step(self, trainer, metrics):
         losses = self.state["losses"]
         losses.append(metrics["loss"])
+        self.state["skipped"] += metrics["skipped"]
         self.seconds += metrics["seconds"]
         self.images += trainer.cfg.training.batch_size - metrics["skipped"]
         if trainer.step % self.every and trainer.step < trainer.cfg.training.max_steps: return
         values = {"loss": sum(losses)/len(losses), "lr": metrics["lr"],
                   "grad_norm": metrics["grad_norm"], "images_per_second": self.images/self.seconds}
-        if metrics["skipped"]: values["skipped"] = metrics["skipped"]
+        if self.state["skipped"]: values["skipped"] = self.state["skipped"]
         trainer.trackers.log(trainer.step, values)
         trainer.tell("running", trainer.step, **values)
-        losses.clear()
+        self.state = {"losses": [], "skipped": 0}
         self.seconds, self.images = 0., 0
 
     def end(self, trainer):
         metrics = read_metrics(trainer.run_dir) if trainer.world.main else []
         if metrics: plot_metrics(metrics, trainer.run_dir/"loss.png")
 
-
+# %% ../nbs/13_training.ipynb #a8f889d3
 class LearningRate(Callback):
     "A learning rate of your own, a function of the step, instead of the config's."
     def __init__(self, rate): self.rate = rate  # steps made -> rate of the next one
@@ -328,7 +331,7 @@ class LearningRate(Callback):
 def validation_losses(
     trainer: Trainer,
     images: int = 512,  # at most so many of the validation set
-) -> list[float]:       # the mean loss; then the means of each quarter of the times, least noise first
+) -> list[float]:       # the mean; then those of each quarter of the times, least noise first
     "Loss of the averaged weights on held-out images, with fixed noise and times."
     held, world, d = trainer.datasets.validation, trainer.world, trainer.cfg.diffusion
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
@@ -360,10 +363,11 @@ class Validate(Callback):
         by_time = {f"validation_loss_q{i}": v for i, v in enumerate(quarters, 1)}
         trainer.trackers.log(trainer.step, {"validation_loss": loss, **by_time})
 
-
+# %% ../nbs/13_training.ipynb #859e2888
 class StopEarly(Callback):
     "Stop when the validation loss has not become better so many times in a row."
-    def __init__(self, patience: int): self.patience, self.state = patience, {"best": math.inf, "waited": 0}
+    def __init__(self, patience: int):
+        self.patience, self.state = patience, {"best": math.inf, "waited": 0}
 
     def after_step(self, trainer, metrics):
         step, loss = trainer.validation or (None, None)
@@ -384,7 +388,7 @@ def denormalise(cfg: Config, x: Tensor) -> Tensor:
     low, high = data_range(cfg)
     return (x - low)/(high - low)*2 - 1
 
-
+# %% ../nbs/13_training.ipynb #53a659e7
 def draw_images(
     cfg: Config,
     denoiser,               # for example `create_denoiser(cfg.diffusion, network)`
