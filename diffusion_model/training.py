@@ -88,6 +88,8 @@ class Trainer:
         self.ema_denoiser = create_denoiser(self.cfg.diffusion, self.ema.network)
         self.optimizer = create_optimizer(t, self.network)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
+        cpu = self.device.type == "cpu"
+        self.generator = torch.default_generator if cpu else getattr(torch, self.device.type)
 
     def _check_classes(self):
         wanted, there = self.cfg.model.num_classes, self.datasets.classes
@@ -130,7 +132,7 @@ def backward(self: Trainer, batch: Batch) -> Tensor:  # (B,) losses of this proc
     for i, part in enumerate(parts):
         with world.apart(self.learner.network, i < len(parts) - 1):
             number = world.rank*t.accumulation + i  # of the part, among all processes'
-            torch.manual_seed(hash((t.seed, self.step, number)) % 2**63)  # for dropout
+            self.generator.manual_seed(hash((t.seed, self.step, number)) % 2**63)  # dropout's
             loss = self.loss(part if len(part.images) else _black(batch))[:len(part.images)]
             self.scaler.scale(loss.sum()*(world.size/t.batch_size)).backward()
         losses.append(loss.detach())
@@ -155,14 +157,16 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     if not seen: raise ValueError(f"step {self.step}: none of its {t.batch_size} images could be "
                                   "read: repair the data, or choose another data.data_seed")
     self.scaler.unscale_(self.optimizer)
-    if seen < t.batch_size: torch._foreach_mul_(
-        [p.grad for p in self.network.parameters()], t.batch_size/seen)
-    norm = torch.nn.utils.clip_grad_norm_(
-        self.network.parameters(), t.max_grad_norm or math.inf).item()
+    weights = list(self.network.parameters())
+    if seen < t.batch_size: torch._foreach_mul_([p.grad for p in weights], t.batch_size/seen)
+    size = torch.nn.utils.get_total_norm([p.grad for p in weights])
+    norm = size.item()
     if math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1:  # fp16
         self.scaler.update(self.scaler.get_scale()/2)
         return self.train_step(batch)
     if not math.isfinite(norm): self._explode(batch, losses, lr, norm)
+    if 0 < t.max_grad_norm < norm:
+        torch.nn.utils.clip_grads_with_norm_(weights, t.max_grad_norm, size)
     self.scaler.step(self.optimizer)
     self.scaler.update()
     for ema in self.emas.values(): ema.update(self.step)
