@@ -284,7 +284,8 @@ def resume(self: Trainer,
     restore_optimizer(self.optimizer, checkpoint.trainer["optimizer"])
     scaler = checkpoint.trainer.get("scaler")
     if scaler and self.scaler.is_enabled(): self.scaler.load_state_dict(scaler)
-    remembered = checkpoint.trainer.get("callbacks", {})
+    window = checkpoint.trainer.get("window", [])  # version 0.1.0 kept only these losses
+    remembered = checkpoint.trainer.get("callbacks", {"Log": {"losses": window, "skipped": 0}})
     for callback in self.callbacks:
         state = remembered.get(type(callback).__name__)
         if state is not None: callback.state = state

@@ -780,6 +780,16 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
     assert losses == pytest.approx([0.50210, 0.49105, 0.49486], rel=1e-3)    # of 0.1.0, steps 4 to 6
 
 
+def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
+    from diffusion_model import training
+    old = load_checkpoint(OLD)
+    old.trainer["window"] = [0.9, 0.7]  # of steps 2 and 3: a line of metrics is due every 10
+    monkeypatch.setattr(training, "load_checkpoint", lambda *_, **__: old)
+    log = training.Log(10)
+    training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}), callbacks=[log]).resume(OLD)
+    assert log.state == {"losses": [0.9, 0.7], "skipped": 0}
+
+
 def test_a_run_of_0_1_0_samples():
     from diffusion_model.denoiser import create_denoiser
     from diffusion_model.sampler import create_sampler
