@@ -56,8 +56,8 @@ def ddpm_step(
 def euler_step(x: Tensor, pred: Pred, here: Level, there: Level) -> Tensor:
     "One step of Euler's method, in the coordinates of rectified flow (Liu et al. 2022, Eq. 1)."
     (alpha, sigma), (a, u) = here, there
-    r, r_next = sigma/(alpha + sigma), u/(a + u)
-    return (x/(alpha + sigma) + (r_next - r)*(pred.eps - pred.x0))*(a + u)
+    grow = (a + u)/(alpha + sigma)
+    return (grow*x).add(pred.eps - pred.x0, alpha=u - grow*sigma)
 
 # %% ../nbs/08_sampler.ipynb #47202eec
 def heun_step(
@@ -70,7 +70,7 @@ def heun_step(
     first, size = ddim_step(x, pred, here, there), alpha + c*sigma  # Euler's
     if u == 0 or size == 0: return first
     again, half = believe(first), (u - (a + c*u)*sigma/size)/2
-    turn = again.eps.sub(again.x0, alpha=c) - pred.eps.sub(pred.x0, alpha=c)
+    turn = (again.eps - pred.eps).sub(again.x0 - pred.x0, alpha=c)  # of the slope
     return first.add(turn, alpha=half)
 
 # %% ../nbs/08_sampler.ipynb #bab97406
