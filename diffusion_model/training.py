@@ -157,7 +157,7 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     if not seen: raise ValueError(f"step {self.step}: none of its {t.batch_size} images could be "
                                   "read: repair the data, or choose another data.data_seed")
     self.scaler.unscale_(self.optimizer)
-    weights = list(self.network.parameters())
+    weights = [p for group in self.optimizer.param_groups for p in group["params"]]
     if seen < t.batch_size: torch._foreach_mul_([p.grad for p in weights], t.batch_size/seen)
     size = torch.nn.utils.get_total_norm([p.grad for p in weights])
     norm = size.item()
