@@ -46,7 +46,7 @@ def main(run="outputs/quickstart", n=256):
     y = torch.arange(n) % cfg.model.num_classes
     states = create_sampler(cfg.sampling, *data_range(cfg))
     start = time.perf_counter()
-    *_, last = states(create_denoiser(cfg.diffusion, network), (n, *x.shape[1:]), y=y, seed=1)
+    *_, last = states(create_denoiser(cfg.diffusion, network), (n, *x.shape[1:]), cond=y, seed=1)
     seconds = time.perf_counter() - start
     right = judge(last.x).argmax(1) == y
     print(f"of {n} generated images, given the class they were asked for: {right.float().mean():.2%} "

@@ -60,7 +60,7 @@ def error(x):
 def theirs(scheduler, family, steps, told=False):
     """Sample with one of diffusers' schedulers: x and the number of calls that it took. `told`: the network is told the level
     that x is at, not a whole time near it."""
-    module, believe, at = importlib.import_module(type(scheduler).__module__), oracle(family), [0]
+    module, denoise, at = importlib.import_module(type(scheduler).__module__), oracle(family), [0]
     our_noise = mock.patch.object(module, "randn_tensor", lambda *a, **k: fresh(at[0])) \
         if hasattr(module, "randn_tensor") else contextlib.nullcontext()
     scheduler.set_timesteps(steps)
@@ -70,17 +70,17 @@ def theirs(scheduler, family, steps, told=False):
             sigma = scheduler.sigmas[scheduler.index_for_timestep(t) if scheduler.step_index is None
                                      else scheduler.step_index].double()
             scheduler.scale_model_input(x, t)
-            pred = believe(x.double(), sigma)
+            pred = denoise(x.double(), sigma)
             skip = 0.25/(sigma**2 + 0.25)
             answer = (pred.x0 - skip*x)/(sigma*0.5/(sigma**2 + 0.25).sqrt())
         elif family is FLOW:
-            pred = believe(x.double(), level_at(scheduler, at[0]) if told else t.double()/1000)
+            pred = denoise(x.double(), level_at(scheduler, at[0]) if told else t.double()/1000)
             answer = pred.eps - pred.x0
         else:
             seen = scheduler.scale_model_input(x, t)
             t_seen = t.double() if t.is_floating_point() else t
             if told: t_seen = VP.t_of_log_snr(-2*level_at(scheduler, at[0]).log())
-            answer = believe(seen.double(), t_seen).eps
+            answer = denoise(seen.double(), t_seen).eps
         with our_noise: x = scheduler.step(answer.float(), t, x).prev_sample
     return x, at[0] + 1
 
@@ -178,7 +178,7 @@ def errors():
         row("ours, default (unipc, logit)", [error(sample(oracle(family), (N, D), n, noise=START*math.hypot(
             *family.levels(torch.tensor([family.noisy]))[0]))) for n in CALLS])
         row("the exact solution from the same noise (1,000 calls)", [error(ours(
-            family, "dpmpp_2m", family.grid(1000, "logit")))])
+            family, "dpmpp_2m", family.grid(1000, "logistic")))])
 
 
 SEARCHED = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver", "EulerDiscrete",

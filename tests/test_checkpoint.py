@@ -795,7 +795,7 @@ def test_a_run_of_0_1_0_samples():
     from diffusion_model.sampler import create_sampler
     network, config = load_network(OLD)
     states = create_sampler(config.sampling, -1, 1)(
-        create_denoiser(config.diffusion, network), (2, 3, 8, 8), y=torch.tensor([0, 1]), seed=0)
+        create_denoiser(config.diffusion, network), (2, 3, 8, 8), cond=torch.tensor([0, 1]), seed=0)
     *_, last = states
     assert last.x.shape == (2, 3, 8, 8) and last.x.isfinite().all()
 

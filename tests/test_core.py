@@ -501,22 +501,22 @@ def test_guidance_is_one_call():
 
 @pytest.mark.parametrize("options, says", [
     (dict(solver="hein"), "did you mean heun?"), (dict(solver="eular"), "did you mean euler?"),
-    (dict(solver="zzz"), "known are unipc"), (dict(spacing="x"), "known are logit"), (dict(churn=Churn(1.)), "only 'edm'"),
+    (dict(solver="zzz"), "known are unipc"), (dict(spacing="x"), "known are logistic"), (dict(churn=Churn(1.)), "only 'edm'"),
     (dict(grid=torch.tensor([5, 7, -1])), "found 7 after 5; times must fall"), (dict(grid=torch.tensor([5, 5, -1])), "fall"),
     (dict(grid=torch.tensor([1000, 5])), "from at most 999"), (dict(grid=torch.tensor([5, -2])), "down to -1"),
     (dict(grid=torch.tensor([5])), "at least two"), (dict(grid=[float("nan"), 3.]), "must fall"),
     (dict(steps=0), "1 to 1000"), (dict(eta=2.), "0 \\(DDIM\\) to 1"), (dict(eta=.5, solver="ddpm"), "only 'ddim'"),
-    (dict(y=torch.tensor([0])), "unconditional")])
+    (dict(cond=torch.tensor([0])), "unconditional")])
 def test_refusals(options, says):
     oracle = GaussianMixture(COSINE, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=says): sample(oracle, (1, 2), **options)
 
 
-@pytest.mark.parametrize("y, says", [(None, "pass y"), (torch.tensor([3]), "found 3"), (torch.tensor([-2]), "found -2"),
+@pytest.mark.parametrize("y, says", [(None, "pass cond"), (torch.tensor([3]), "found 3"), (torch.tensor([-2]), "found -2"),
                                      (torch.tensor([0, 1]), "one for each")])
 def test_labels_refused(y, says):
     oracle = GaussianMixture(COSINE, torch.eye(3), labels=torch.arange(3))
-    with pytest.raises(ValueError, match=says): sample(oracle, (1, 3), y=y)
+    with pytest.raises(ValueError, match=says): sample(oracle, (1, 3), cond=y)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "sigmoid", "flow", "ve"])
@@ -647,7 +647,7 @@ class OnMeta(torch.nn.Module):
 def test_no_number_is_fetched_from_the_device(schedule, prediction, solver, options, limit):
     denoiser = limit(guided(Denoiser(OnMeta(), schedule, prediction), 3., 0.7, (0.1, 5.)))
     # labels are checked before the loop, so they start on the CPU
-    states = sample_iter(denoiser, (2, 4), 6, solver, y=torch.tensor([0, 2]), **options)
+    states = sample_iter(denoiser, (2, 4), 6, solver, cond=torch.tensor([0, 2]), **options)
     next(states)
     with NothingFetched(): *_, last = states
     assert last.x.device.type == "meta" and last.t.device.type == "cpu"
@@ -711,7 +711,7 @@ def test_every_combination(name, prediction, solver, spacing, steps, seed, stoch
         pred = truth(x*scale, t)
         return p*pred.x0 + q*pred.eps
     denoiser.network = network
-    def counted(x, t, y=None): answers.append(t); return denoiser(x, t)
+    def counted(x, t, cond=None): answers.append(t); return denoiser(x, t)
     counted.schedule = schedule
     options = dict(steps=steps, solver=solver, spacing=spacing, seed=seed)
     if solver == "ddim": options["eta"] = stochastic

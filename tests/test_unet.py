@@ -92,7 +92,7 @@ def test_channels_last_gives_the_same():
     ({"image_size": 30, "channel_multipliers": (1, 2, 2)}, None, None, "28 or 32"),
     ({"image_size": 2, "channel_multipliers": (1, 2, 2)}, None, None, "multiples of 4"),
     ({}, (1, 3, 33, 32), None, "multiples of 2"), ({}, (1, 1, 32, 32), None, "takes"), ({}, (3, 32, 32), None, "takes"),
-    ({}, (1, 3, 32, 32), 0, "unconditional"), ({"num_classes": 2}, (1, 3, 32, 32), None, "pass y")])
+    ({}, (1, 3, 32, 32), 0, "unconditional"), ({"num_classes": 2}, (1, 3, 32, 32), None, "pass cond")])
 def test_refusals(make, x, y, says):
     with pytest.raises(ValueError, match=says):
         network = UNet(**{**SMALL, **make})

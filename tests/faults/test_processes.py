@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_model.checkpoint import find_checkpoint, load_checkpoint
-from diffusion_model.tracking import claim, read_metrics
+from diffusion_model.tracking import run_lock, read_metrics
 from runs import ENVIRONMENT, hashes, steps, told, words
 
 pytestmark = pytest.mark.slow_fault
@@ -252,7 +252,7 @@ def test_no_memory_on_one_of_two_stops_both(tmp_path):
 @pytest.mark.fault(25)
 def test_two_processes_in_a_directory_in_use(tmp_path):
     "All end, none waits for another; one of them says why."
-    with claim(tmp_path/"run", 40):
+    with run_lock(tmp_path/"run", 40):
         run = launch(*words(tmp_path/"run"))
         out, err = finish(run, 60)
     assert run.returncode != 0

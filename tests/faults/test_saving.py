@@ -6,7 +6,7 @@ import torch
 
 import diffusion_model.checkpoint as module
 from diffusion_model.checkpoint import CheckpointError, find_checkpoint
-from diffusion_model.tracking import claim, read_metrics, read_status
+from diffusion_model.tracking import run_lock, read_metrics, read_status
 from runs import ENVIRONMENT, At, hashes, python, resumed, steps, stop, trainer, words
 
 
@@ -226,7 +226,7 @@ def test_an_archive_with_a_way_out(run):
 
 @pytest.mark.fault(25)
 def test_a_directory_in_use_is_refused_with_and_without_resume(run, command):
-    with claim(run, 40) as tell:
+    with run_lock(run, 40) as tell:
         tell("running", 10)
         command.train("--resume", run, "--max_steps", "12")
         command.says(1, f"run directory '{run}' is in use by process {os.getpid()}", "at step 10", "--output_dir")
@@ -235,7 +235,7 @@ def test_a_directory_in_use_is_refused_with_and_without_resume(run, command):
     command.says(2, f"logging.output_dir: '{run}' already holds a run", "--resume", "another place")
     command.train("--resume", run, "--max_steps", "12")
     command.says(0)
-    with claim(run.parent/"new", 40):
+    with run_lock(run.parent/"new", 40):
         command.train(*words(run.parent/"new"))
         command.says(1, f"run directory '{run.parent/'new'}' is in use by process")
 
