@@ -167,6 +167,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'diffusion_model.config._check_sampling': ( 'config.html#_check_sampling',
                                                                                     'diffusion_model/config.py'),
                                         'diffusion_model.config._check_signal': ('config.html#_check_signal', 'diffusion_model/config.py'),
+                                        'diffusion_model.config._check_weighting': ( 'config.html#_check_weighting',
+                                                                                     'diffusion_model/config.py'),
                                         'diffusion_model.config._choose': ('config.html#_choose', 'diffusion_model/config.py'),
                                         'diffusion_model.config._did_you_mean': ('config.html#_did_you_mean', 'diffusion_model/config.py'),
                                         'diffusion_model.config._folders': ('config.html#_folders', 'diffusion_model/config.py'),

@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
                 raise ConfigError([f"{key.value}: stands twice, in lines {lines}: keep one"])
         return super().construct_mapping(node, deep)
 
-# %% ../nbs/20_config.ipynb #de5f07f6
+# %% ../nbs/20_config.ipynb #06af3d43
 def _resolve(kind, pattern, first, build):
     "Let plain text that matches `pattern` become `kind`, made by `build`."
     import re
@@ -67,7 +67,7 @@ _resolve("int", r"^[-+]?[0-9]+$", list("-+0123456789"), _whole)
 _resolve("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
          list("-+0123456789."), float)
 
-# %% ../nbs/20_config.ipynb #9b2d72e2
+# %% ../nbs/20_config.ipynb #6dc4d573
 @dataclass(frozen=True, eq=False)
 class Registry:
     "A dictionary whose keys are what a field may say. Goes into the field's `Annotated` type."
@@ -95,7 +95,7 @@ class Registry:
     def __get_pydantic_json_schema__(self, schema, handler):
         return handler(schema) | {"enum": self.names()}
 
-# %% ../nbs/20_config.ipynb #96fdf34a
+# %% ../nbs/20_config.ipynb #5be05180
 #: "section.field" -> the registry that its value is a key of.
 REGISTRIES = {
     "diffusion.schedule": Registry("scheduler", "SCHEDULES", (
@@ -207,7 +207,7 @@ class _Loop(_Section):
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a better loss; null: never")
 
-# %% ../nbs/20_config.ipynb #2e17af64
+# %% ../nbs/20_config.ipynb #3c35b308
 class TrainingConfig(_Loop):
     "The loop and the optimizer."
     learning_rate: float = Field(2e-4, gt=0, description="peak")
@@ -247,7 +247,7 @@ class SamplingConfig(_Section):
     num_samples: Count = Field(64, description="images")
     sample_batch_size: int = Field(64, ge=1, le=1_000_000, description="images at once")
 
-# %% ../nbs/20_config.ipynb #9cab5c4e
+# %% ../nbs/20_config.ipynb #64bb5e1c
 def _at_home(folder: str) -> str:
     "`~/runs` with the home directory in the place of the tilde."
     try: return str(Path(folder).expanduser()) if folder.startswith("~") else folder
@@ -289,6 +289,18 @@ def _check_signal(diffusion: DiffusionConfig) -> list[str]:
         f"diffusion.sigma_min: found {d.sigma_min}; must be below sigma_max = {d.sigma_max}")
     return lines
 
+
+def _check_weighting(diffusion: DiffusionConfig) -> list[str]:
+    "EDM's weight is finite for outputs that are neither pure image nor pure noise, or on VE."
+    d, bounded = diffusion, ("v", "flow", "edm")
+    paths = [s for s in REGISTRIES["diffusion.schedule"].shipped if s != "ve"]
+    if d.loss_weighting != "edm" or d.schedule not in paths or d.prediction in bounded: return []
+    if d.prediction not in REGISTRIES["diffusion.prediction"].shipped: return []
+    where = "noise" if d.prediction == "x0" else "signal"
+    return [f"diffusion.loss_weighting: found 'edm' with schedule '{d.schedule}' and prediction "
+            f"'{d.prediction}', where its weight grows without limit as the {where} vanishes: "
+            "choose prediction 'edm', 'v' or 'flow', or loss_weighting 'min_snr'"]
+
 # %% ../nbs/20_config.ipynb #74f1bcf0
 def _check_betas(diffusion: DiffusionConfig) -> list[str]:
     "The betas must stay below 1, grow, and be as many as there are timesteps."
@@ -306,7 +318,7 @@ def _check_betas(diffusion: DiffusionConfig) -> list[str]:
         f"diffusion.timesteps: found {d.timesteps}; betas has {len(d.betas)}: say so")
     return lines
 
-# %% ../nbs/20_config.ipynb #82c88b32
+# %% ../nbs/20_config.ipynb #3b717186
 #: Options that solvers of the library understand; others understand none.
 SOLVER_OPTIONS = {"ddim": ("eta",), "edm": ("churn",)}
 
@@ -343,7 +355,7 @@ def _not_its_own(sampling: SamplingConfig, option: str) -> str:
             f"'{sampling.solver}'; only {' and '.join(map(repr, able))} "
             f"{'has' if len(able) == 1 else 'have'} it")
 
-# %% ../nbs/20_config.ipynb #e378c317
+# %% ../nbs/20_config.ipynb #e2576404
 #: Classes of the data sets that everybody knows; others are checked when the data is loaded.
 KNOWN_CLASSES = {"shapes": 8, "MNIST": 10, "FashionMNIST": 10, "KMNIST": 10, "CIFAR10": 10,
                  "CIFAR100": 100, "SVHN": 10, "STL10": 10}
@@ -380,7 +392,8 @@ SECTIONS = {"model": NETWORKS["unet"].config, "diffusion": DiffusionConfig,
             "training": TrainingConfig, "data": DataConfig, "sampling": SamplingConfig,
             "logging": LoggingConfig}
 _CLASHES = ((_check_network, ("model", "data")), (_check_signal, ("diffusion",)),
-            (_check_betas, ("diffusion",)), (_check_sampling, ("diffusion", "sampling")),
+            (_check_weighting, ("diffusion",)), (_check_betas, ("diffusion",)),
+            (_check_sampling, ("diffusion", "sampling")),
             (_check_labels, ("model", "data", "training", "sampling")),
             (_check_batches, ("data", "training")))
 
@@ -408,7 +421,7 @@ def _judged(network) -> tuple[dict, list[str]]:
     except ValueError as error:
         return {s: c for s, c in SECTIONS.items() if s != "model"}, [str(error)]
 
-# %% ../nbs/20_config.ipynb #401d5313
+# %% ../nbs/20_config.ipynb #10337b64
 def _read_model(values):
     "The section of the network that it names, where it is given as a dictionary."
     if not isinstance(values, dict): return values
@@ -446,7 +459,7 @@ def _allowed(field: dict, found=None) -> str:
     if "anyOf" in field: return " or ".join(_allowed(f, found) for f in field["anyOf"])
     if "enum" in field or "const" in field:
         names = field.get("enum", [field.get("const")])
-        return "one of " + (", ".join(map(str, names)) or "none: nothing is registered")
+        return "one of " + (", ".join(map(str, names)) or "none (none is registered)")
     words = {"integer": "a whole number", "number": "a number", "string": "text", "null": "null",
              "boolean": "true or false", "array": "a list"}
     kind = words.get(field.get("type"), "a value")
@@ -512,7 +525,7 @@ def _is_file(path: Path) -> bool:
     try: return path.is_file()
     except OSError: return False
 
-# %% ../nbs/20_config.ipynb #128ecbdd
+# %% ../nbs/20_config.ipynb #ec816bbd
 def find_config(
     name,                  # "quickstart", "quickstart.yaml", or any path
     beside: Path = None,   # look here first: the folder of the file that names it as its base
@@ -556,11 +569,14 @@ def _over(below: dict, above: dict) -> dict:
     fields with the one below, except for the number of classes, which is the data's."""
     merged = {s: below.get(s, {}) | above.get(s, {}) for s in below | above}
     before, now = (c.get("model", {}) for c in (below, above))
-    if now.get("name", before.get("name", "unet")) != before.get("name", "unet"):
-        merged["model"] = {k: v for k, v in before.items() if k == "num_classes"} | now
-    return merged
+    old = before.get("name", "unet")
+    new = now.get("name", old)
+    if new == old: return merged
+    fields = NETWORKS[str(new)].config.model_fields if str(new) in NETWORKS else ()
+    kept = {k: v for k, v in before.items() if k == "num_classes" and k in fields}
+    return merged | {"model": kept | now}
 
-# %% ../nbs/20_config.ipynb #9c7af5aa
+# %% ../nbs/20_config.ipynb #7606a85d
 def _read(path: Path, seen: tuple = (), notes: list = None) -> tuple[dict, list[str]]:
     """The file's sections over those of its base, and the lines for what is wrong in them.
     With `notes`, a run saved the file: it is migrated, and `notes` gets the lines of that."""
@@ -584,7 +600,7 @@ def _read(path: Path, seen: tuple = (), notes: list = None) -> tuple[dict, list[
         else: fine[section] = fields
     return _over(merged, fine), lines
 
-# %% ../nbs/20_config.ipynb #d2cba580
+# %% ../nbs/20_config.ipynb #370b0c1f
 #: Where two sections have a field of one name, its short name means the first one's.
 PRECEDENCE = ("training", "data", "sampling", "diffusion", "logging", "model")
 
@@ -662,7 +678,7 @@ def _take(words: list[str], sections: dict) -> tuple[str, str, object]:
     if not equals and not follows: raise ConfigError([f"{section}.{field}: needs a value"])
     return section, field, _value(sections[section], field, text if equals else words.pop(0))
 
-# %% ../nbs/20_config.ipynb #f6bd35ea
+# %% ../nbs/20_config.ipynb #6c1697d0
 def parse_overrides(
     words: list[str],         # ["--batch_size", "64", "--training.seed=1", "--no-download", ...]
     network: str = "unet",    # `model.name`, whose fields the section `model` has
@@ -714,7 +730,7 @@ def load_config(
     "Read, override and validate a config. Raises `ConfigError` with every error, one a line."
     return _load(find_config(name), overrides)
 
-# %% ../nbs/20_config.ipynb #36f726f9
+# %% ../nbs/20_config.ipynb #3843f674
 def save_config(cfg: Config, path) -> Path:
     "Write every field as YAML; `load_config` reads an equal config back."
     text = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
@@ -762,7 +778,7 @@ def _rename_entries(values: dict) -> list[str]:
         lines.append(f"{name}: {old!r} is called {registry.renamed[old]!r} now")
     return lines
 
-# %% ../nbs/20_config.ipynb #a04573a0
+# %% ../nbs/20_config.ipynb #80b13c49
 def migrate_config(
     values: dict,  # {section: {field: value}}, as `save_config` wrote it: with every field
 ) -> tuple[dict, list[str]]:  # the same in this version's fields; a line for each difference
