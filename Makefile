@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test notebooks pytest faults export readme lab docs benchmarks clean
+.PHONY: help setup train test lint notebooks pytest faults export readme lab docs benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -24,7 +24,10 @@ $(READY): pyproject.toml
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
 	$(BIN)/diffusion-train --config quickstart --resume $(ARGS)
 
-test: notebooks pytest  ## Run every notebook, every test and the guard
+test: lint notebooks pytest  ## Run the linter, every notebook, every test and the guard
+
+lint: $(READY)  ## Look for likely mistakes and lines of more than 100 columns (quick)
+	$(BIN)/ruff check
 
 # Each notebook in a process of its own, so that none can lean on what another left behind.
 notebooks: $(READY)  ## Run every notebook as a test

@@ -1,5 +1,5 @@
 "Checkpoints under fault: kills, full disks, damage, malice, wrong paths and wrong networks."
-import errno, hashlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys
+import errno, hashlib, io, json, math, os, random, shutil, signal, subprocess, sys
 import textwrap, threading, time, warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -182,7 +182,8 @@ SAVER = textwrap.dedent("""
         die()
 
     def save_for_ever(run):
-        module._entry, module._install, module.Path.replace = dying_entry, dying_install, dying_replace
+        module._entry, module._install = dying_entry, dying_install
+        module.Path.replace = dying_replace
         module._sync, module._sha256 = dying_sync, dying_sha256
         module.shutil.rmtree, step = dying_rmtree, 2
         while True:
@@ -268,7 +269,7 @@ def test_a_step_saved_again_replaces_the_old_one(run):
 
 @pytest.mark.parametrize("moment", [0, 1])
 def test_killed_while_a_step_is_replaced(run, monkeypatch, moment):
-    "Between the two renames only `.old` has the step; after them both do, until all is on the disk."
+    "Between two renames only `.old` has the step; after them both do, until all is on the disk."
     run.save(1, classes=["old"])
     real, calls = Path.replace, []
     def replace(self, target):
@@ -309,7 +310,7 @@ def test_the_disk_fills_up_while_writing(run, monkeypatch):
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize("limit", [20_000, 80_000])       # the weights are too large, the moments are
+@pytest.mark.parametrize("limit", [20_000, 80_000])  # too small for weights, for moments
 def test_a_file_size_limit(tmp_path, limit):
     "A real limit of the operating system, in a process of its own."
     code = f"""
@@ -543,7 +544,8 @@ def test_pruning_keeps_the_best_of_all_that_ever_were(run):
     scores = [0.5, 0.2, 0.3, None, 0.4, 0.25, math.nan, 0.3]
     for step, score in enumerate(scores, 1):
         run.save(step, keep=2, score=score)
-        names = {step, max(step - 1, 1), scores.index(min(s for s in scores[:step] if s == s and s)) + 1}
+        best = min(s for s in scores[:step] if s == s and s)
+        names = {step, max(step - 1, 1), scores.index(best) + 1}
         assert run.names() == [f"step_{n:08d}" for n in sorted(names)], step
     found = load_checkpoint(run.root, best=True)
     assert (found.step, found.score) == (2, 0.2)
@@ -571,7 +573,8 @@ def test_a_damaged_best_is_told_and_the_next_best_taken(run):
 def test_without_a_score_there_is_no_best(run):
     path = run.save(1)
     run.save(2, score=math.nan)
-    with pytest.raises(CheckpointError, match="no checkpoint in .*run was saved with a validation loss"):
+    with pytest.raises(CheckpointError,
+                       match="no checkpoint in .*run was saved with a validation loss"):
         load_checkpoint(run.root, best=True)
     with pytest.raises(CheckpointError, match="step_00000001 is one step.*pass .*checkpoints"):
         load_checkpoint(path, best=True)
@@ -608,12 +611,15 @@ def test_no_average(run):
     for step, none in enumerate((None, {})):
         found = load_checkpoint(run.save(step, ema=none))
         assert found.ema is None and dict(found.emas) == {}
-    with pytest.raises(CheckpointError, match="it has none, and the trained"): load_network(found, ema="ema")
+    with pytest.raises(CheckpointError, match="it has none, and the trained"):
+        load_network(found, ema="ema")
 
 
-@pytest.mark.parametrize("names", [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"], ["ema", "ema_"]])
+@pytest.mark.parametrize("names", [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"],
+                                   ["ema", "ema_"]])
 def test_names_of_averages(run, names):
-    with pytest.raises(ValueError, match="the main one is 'ema'"): run.save(1, ema={n: run.ema for n in names})
+    with pytest.raises(ValueError, match="the main one is 'ema'"):
+        run.save(1, ema={n: run.ema for n in names})
     assert run.names() == []
 
 
@@ -644,7 +650,8 @@ def test_order_of_what_a_power_cut_can_tell_apart(run, monkeypatch):
     path = run.save(2, keep=1)
     files = ["model.safetensors", "ema.safetensors", "trainer.pt", "config.yaml"]
     assert events == [*(("_sync", n) for n in (*files, "manifest.json", path.name, "checkpoints")),
-                      *(("_sha256", n) for n in files), ("_sync", "manifest.tmp"), ("_sync", path.name),
+                      *(("_sha256", n) for n in files), ("_sync", "manifest.tmp"),
+                      ("_sync", path.name),
                       ("_remove", "step_00000001")]
 
 
@@ -655,10 +662,12 @@ def test_a_failure_in_the_background_is_told_and_deletes_nothing(run, monkeypatc
     with monkeypatch.context() as broken:
         broken.setattr(module, fails, fail)
         run.save(2, wait=False, keep=1)                    # is written all the same
-        with pytest.raises(CheckpointError, match="step_00000002 was written.*not safe.*Input/output"):
+        with pytest.raises(CheckpointError,
+                           match="step_00000002 was written.*not safe.*Input/output"):
             wait_for_checkpoints()
         run.save(3, wait=False, keep=1)
-        with pytest.raises(CheckpointError, match="step_00000003 was written"): run.save(4, wait=False, keep=1)
+        with pytest.raises(CheckpointError, match="step_00000003 was written"):
+            run.save(4, wait=False, keep=1)
         with pytest.raises(CheckpointError, match="step_00000004"): wait_for_checkpoints()
         wait_for_checkpoints()                             # told once
     assert len(run.names()) == 4 and load_checkpoint(run.root).step == 4
@@ -698,7 +707,8 @@ run.save(2, wait=False, keep=1)
 """
     for fail, names in ((True, ["step_00000001", "step_00000002"]), (False, ["step_00000002"])):
         shutil.rmtree(tmp_path/"run", ignore_errors=True)
-        done = subprocess.run([sys.executable, "-c", code.format(fail=fail)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code.format(fail=fail)], capture_output=True,
+                              text=True, timeout=60)
         assert sorted(os.listdir(tmp_path/"run"/"checkpoints")) == names, done.stderr
         assert ("disk on fire" in done.stderr) == fail
 
@@ -723,10 +733,12 @@ def test_an_older_step_of_the_same_number_outlives_the_save(run, held):
 
 
 def test_each_file_is_read_once_to_verify_and_only_what_is_asked_for_again(run, monkeypatch):
-    path, read = run.save(1), []
+    run.save(1)
+    read = []
     for name in ("_sha256", "load_file"):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda p, real=real, **kw: (read.append(p.name), real(p, **kw))[1])
+        monkeypatch.setattr(module, name,
+                            lambda p, real=real, **kw: (read.append(p.name), real(p, **kw))[1])
     load_checkpoint(run.root).model
     assert sorted(read) == sorted([*FILES[:-1], "model.safetensors"])
 
@@ -754,16 +766,19 @@ print(peak() - before)
 
 # -- older versions
 
-OLD = Path(__file__).parent/"fixtures"/"run_0_1_0"          # stopped at step 3 of 6, by version 0.1.0
+# Stopped at step 3 of 6, by version 0.1.0.
+OLD = Path(__file__).parent/"fixtures"/"run_0_1_0"
 
 
 def test_a_run_of_0_1_0_opens_and_says_what_is_new(tmp_path):
     found = load_checkpoint(OLD)
     assert (found.step, found.version, found.score, list(found.emas)) == (3, "0.1.0", None, ["ema"])
-    assert found.config.sampling.solver == "ddim" and found.config.sampling.steps == 5    # as it says
+    sampling = found.config.sampling
+    assert (sampling.solver, sampling.steps) == ("ddim", 5)                    # as it says
     assert "training.accumulation: not known then; 1" in found.notes
     assert not [n for n in found.notes if "sampling.solver" in n]
-    assert save_checkpoint(tmp_path, 3, found.model, found.emas, found.trainer["optimizer"], found.config)
+    assert save_checkpoint(tmp_path, 3, found.model, found.emas, found.trainer["optimizer"],
+                           found.config)
     assert load_checkpoint(tmp_path).notes == []
     with pytest.raises(CheckpointError, match="validation loss"): load_checkpoint(OLD, best=True)
 
@@ -777,7 +792,8 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
     trainer = Trainer(config, callbacks=[Note()])
     assert list(trainer.resume(OLD)) == ["logging.output_dir"] and trainer.step == 3
     trainer.fit()
-    assert losses == pytest.approx([0.50210, 0.49105, 0.49486], rel=1e-3)    # of 0.1.0, steps 4 to 6
+    # of 0.1.0, steps 4 to 6
+    assert losses == pytest.approx([0.50210, 0.49105, 0.49486], rel=1e-3)
 
 
 def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
@@ -786,7 +802,8 @@ def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
     old.trainer["window"] = [0.9, 0.7]  # of steps 2 and 3: a line of metrics is due every 10
     monkeypatch.setattr(training, "load_checkpoint", lambda *_, **__: old)
     log = training.Log(10)
-    training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}), callbacks=[log]).resume(OLD)
+    training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}),
+                     callbacks=[log]).resume(OLD)
     assert log.state == {"losses": [0.9, 0.7], "skipped": 0}
 
 
@@ -805,9 +822,11 @@ def test_renamed_fields_are_told_and_unknown_ones_name_the_version(run, monkeypa
     text = (path/"config.yaml").read_text().replace("learning_rate:", "lr:")
     (path/"config.yaml").write_text(text)
     manifest = json.loads((path/"manifest.json").read_text())
-    with pytest.raises(CheckpointError, match="(?s)config.yaml was written by version .*no such field"):
+    with pytest.raises(CheckpointError,
+                       match="(?s)config.yaml was written by version .*no such field"):
         Checkpoint(path, manifest).config
-    monkeypatch.setattr("diffusion_model.config.MIGRATIONS", {"training.lr": ("training.learning_rate", "said in full")})
+    monkeypatch.setattr("diffusion_model.config.MIGRATIONS",
+                        {"training.lr": ("training.learning_rate", "said in full")})
     found = Checkpoint(path, manifest)
     assert found.config == run.config and len(found.notes) == 1 and "said in full" in found.notes[0]
 

@@ -52,10 +52,10 @@ def test_notebook_is_clean(exported, path):
 
 def test_site_pages_process(exported):
     "The documentation site's first half, which needs no Quarto: every page can be processed."
-    code = ("from nbdev.quarto import refresh_quarto_yml as refresh; from nbdev.serve import proc_nbs; "
-            "refresh(); print(proc_nbs())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(exported)})
+    code = ("from nbdev.quarto import refresh_quarto_yml as refresh; "
+            "from nbdev.serve import proc_nbs; refresh(); print(proc_nbs())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(exported)})
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr[-2000:]
     pages = {p.name for p in (exported/"_proc").glob("*.ipynb")}
     assert pages == {p.name for p in NOTEBOOKS if p.parent == ROOT/"nbs"}
@@ -90,7 +90,8 @@ def test_notebook_form(path):
     "A title, a sentence, lines that fit, and at most about 25 lines an exported cell."
     cells = read(path)["cells"]
     first = "".join(cells[0]["source"])
-    assert re.match(r"# .+\n\n> .+", first), f"{path.name} must open with '# Title' and '> sentence'"
+    title = re.match(r"# .+\n\n> .+", first)
+    assert title, f"{path.name} must open with '# Title' and '> sentence'"
     for cell in cells:
         lines = "".join(cell["source"]).splitlines()
         if cell["cell_type"] != "code": continue
@@ -99,7 +100,7 @@ def test_notebook_form(path):
 
 
 def _disabled():
-    "A module imports only modules whose notebook stands earlier; the reading order is the import order."
+    "A module imports only modules whose notebook stands earlier."
     order = {}
     for path in NOTEBOOKS:
         source = "".join("".join(c["source"]) + "\n" for c in read(path)["cells"])
@@ -107,13 +108,15 @@ def _disabled():
         if module: order[module[1]] = path.name
     for module, notebook in order.items():
         text = (ROOT/"diffusion_model"/f"{module}.py").read_text()
-        used = re.findall(r"^\s*from (?:diffusion_model)?\.(\w+) import|^\s*from \. import (\w+)", text, re.M)
+        used = re.findall(r"^\s*from (?:diffusion_model)?\.(\w+) import|^\s*from \. import (\w+)",
+                          text, re.M)
         for name in {a or b for a, b in used} - {"plotting", "_modidx"}:
             assert order[name] < notebook, f"{module} imports {name}, which comes later"
 
 
 def test_readme_is_the_index():
-    assert (ROOT/"README.md").read_text() == readme(), "README.md is not nbs/index.ipynb: run `make export`"
+    same = (ROOT/"README.md").read_text() == readme()
+    assert same, "README.md is not nbs/index.ipynb: run `make export`"
 
 
 def test_settings_ini_agrees_with_pyproject():

@@ -106,7 +106,8 @@ def test_lion_is_the_papers_algorithm_and_resumes():
 
 def test_without_its_library_lion_says_what_to_do_and_the_others_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    with pytest.raises(ImportError, match=r"lion-pytorch: pip install 'diffusion_model\[lion\]', or .* adamw"):
+    with pytest.raises(ImportError,
+                       match=r"lion-pytorch: pip install 'diffusion_model\[lion\]', or .* adamw"):
         create_optimizer(training(optimizer="lion"), nn.Linear(1, 1))
     for name in OPTIMIZERS:
         if name != "lion": create_optimizer(training(optimizer=name), nn.Linear(1, 1))
@@ -121,7 +122,8 @@ def test_the_config_and_the_tables_name_the_same():
 def test_unknown_names_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="'lars'; allowed: adamw, adam, sgd, lion"):
         create_optimizer(training().model_copy(update={"optimizer": "lars"}), nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="'exp'; allowed: constant, linear, cosine, step, inverse_sqrt"):
+    with pytest.raises(ValueError,
+                       match="'exp'; allowed: constant, linear, cosine, step, inverse_sqrt"):
         learning_rate(0, training().model_copy(update={"lr_schedule": "exp"}))
 
 
@@ -198,4 +200,5 @@ def test_adam_and_adamw_share_their_moments():
     one.step()
     two = create_optimizer(training(optimizer="adamw"), network)
     restore_optimizer(two, one.state_dict())
-    for p in network.parameters(): assert torch.equal(one.state[p]["exp_avg"], two.state[p]["exp_avg"])
+    for p in network.parameters():
+        assert torch.equal(one.state[p]["exp_avg"], two.state[p]["exp_avg"])
