@@ -107,11 +107,8 @@ def exported_cells():
             exported = re.search(r"^#\| *exports?\b", source, re.M)
             if cell["cell_type"] != "code" or not exported: continue
             lines = [x for x in source.strip().splitlines() if not x.startswith("#|")]
-            name = re.search(r"^(?:class |def |async def )?(\w+)", "\n".join(lines), re.M)
-            for line in lines:
-                if found := re.match(r"(?:class|def) +(\w+)", line):
-                    name = found
-                    break
+            text = "\n".join(lines)
+            name = re.search(r"^(?:class|def) +(\w+)", text, re.M) or re.match(r"(\S+)", text)
             yield path.name, name and name[1], len(lines)
 
 
