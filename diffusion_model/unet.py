@@ -10,16 +10,22 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import Config
+from .denoiser import NO_LABEL
+from .unet_config import UNetConfig
 
 # %% ../nbs/10_unet.ipynb #6beba089
 def timestep_embedding(
     t: Tensor,      # (B,) times, as the schedule's `network_time` gives them: about 0 to 1000
-    channels: int,  # even
+    channels: int,  # even, at least 4
 ) -> Tensor:        # (B, channels) float32: sines, then cosines
-    "Sinusoidal embedding (Vaswani et al. 2017, section 3.5), with DDPM's spacing of frequencies."
+    """Sinusoidal embedding (Vaswani et al. 2017, section 3.5), with DDPM's spacing of frequencies.
+    Raises ValueError for channels that are odd or too few."""
+    if channels < 4 or channels % 2: raise ValueError(
+        f"channels: found {channels}; the embedding of the time needs an even number, at least 4: "
+        f"choose {max(4, channels + channels % 2)}")
     half = channels//2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angle = t.float()[:, None]*torch.exp(-math.log(10000)*k/(half - 1))
@@ -31,9 +37,9 @@ def _zero(layer: nn.Module) -> nn.Module:
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-
+# %% ../nbs/10_unet.ipynb #3521e36a
 class ResBlock(nn.Module):
-    "Two convolutions, told the time in between, added to the input (Ho et al. 2020, Appendix B)."
+    "Two convolutions, with the time between them, added to the input (Ho et al. 2020, Appendix B)."
     def __init__(self,
         in_channels: int,
         out_channels: int,
@@ -147,7 +153,7 @@ class UNet(nn.Module):
     def __init__(self,
         image_size: int = 32,                # height and width, pixels
         channels: int = 3,                   # of the image
-        base_channels: int = 128,            # of the first level
+        base_channels: int = 128,            # of the first level; even, at least 4
         channel_multipliers=(1, 2, 2, 2),    # one a level, each at half the resolution before
         num_res_blocks: int = 2,             # a level, on the way down; one more on the way up
         attention_resolutions=(16,),         # feature maps of these sizes attend; and the middle
@@ -158,82 +164,97 @@ class UNet(nn.Module):
         patch_size: int = 1,                 # pixels a side that become one place
     ):
         super().__init__()
-        self.image_size, self.channels = image_size, channels
-        self.num_classes, self.patch_size = num_classes, patch_size
-        self.stride = patch_size*2**(len(channel_multipliers) - 1)
+        self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
+        self.num_classes, self.null_cond = num_classes, NO_LABEL if num_classes else None
+        self.base_channels, self.stride = base_channels, patch_size*2**(len(channel_multipliers)-1)
         self._check_size(image_size, image_size)
-        widths, time = [base_channels*m for m in channel_multipliers], 4*base_channels
-        res = dict(time_channels=time, dropout=dropout, groups=norm_groups)
-        pixels, last = channels*patch_size**2, len(widths) - 1
-        attends = [image_size//patch_size//2**i in attention_resolutions for i in range(last + 1)]
-        self.base_channels = base_channels
-        self.time_mlp = nn.Sequential(nn.Linear(base_channels, time), nn.SiLU(),
-                                      nn.Linear(time, time))
-        self.label_emb = nn.Embedding(num_classes + 1, time) if num_classes else None
-        self.conv_in = nn.Conv2d(pixels, base_channels, 3, padding=1)
+        widths = [base_channels*m for m in channel_multipliers]
+        self._add_inputs(4*base_channels)
+        self._add_levels(
+            widths, num_res_blocks, attention_head_dim,
+            [image_size//patch_size >> i in attention_resolutions for i in range(len(widths))],
+            dict(time_channels=4*base_channels, dropout=dropout, groups=norm_groups))
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
+        self.conv_out = _zero(nn.Conv2d(widths[0], channels*patch_size**2, 3, padding=1))
 
-        skips, c = [base_channels], base_channels
-        self.downs = nn.ModuleList()
-        for i, w in enumerate(widths):
-            self.downs.append(
-                Down(c, w, num_res_blocks, attends[i], i < last, attention_head_dim, **res))
-            skips += [w]*(num_res_blocks + (i < last))
-            c = w
-        self.mid1 = ResBlock(c, c, **res)
-        self.mid_attention = Attention(c, attention_head_dim, norm_groups)
-        self.mid2 = ResBlock(c, c, **res)
-        self.ups = nn.ModuleList()
-        for i, w in reversed(list(enumerate(widths))):
-            taken = [skips.pop() for _ in range(num_res_blocks + 1)]
-            self.ups.append(Up(c, taken, w, attends[i], i > 0, attention_head_dim, **res))
-            c = w
-        self.norm_out = nn.GroupNorm(norm_groups, c, eps=1e-6)
-        self.conv_out = _zero(nn.Conv2d(c, pixels, 3, padding=1))
+# %% ../nbs/10_unet.ipynb #4d7e2ac5
+@patch
+def _add_inputs(self: UNet, time: int):
+    "The embeddings, of `time` channels, and the first convolution."
+    self.time_mlp = nn.Sequential(nn.Linear(self.base_channels, time), nn.SiLU(),
+                                  nn.Linear(time, time))
+    self.label_emb = nn.Embedding(self.num_classes + 1, time) if self.num_classes else None
+    self.conv_in = nn.Conv2d(self.channels*self.patch_size**2, self.base_channels, 3, padding=1)
 
-    def _check_size(self, height: int, width: int) -> None:
-        wrong = [s for s in (height, width) if s % self.stride or s < self.stride]
-        if wrong:
-            low = max(wrong[0]//self.stride, 1)*self.stride
-            near = sorted({low, low + self.stride*(wrong[0] > low)})
-            raise ValueError(
-                f"image size {wrong[0]}: this U-Net shrinks images {self.stride} times, so sizes "
-                f"are multiples of {self.stride}; the nearest: "
-                f"{' or '.join(map(str, near))}. Resize (data.image_size), or use fewer "
-                "model.channel_multipliers")
+# %% ../nbs/10_unet.ipynb #1df63db3
+@patch
+def _add_levels(self: UNet, widths, blocks, head_dim, attends, res):
+    "The way down, the middle and the way up; `attends` says it of each level."
+    last, c = len(widths) - 1, self.base_channels
+    skips, self.downs, self.ups = [c], nn.ModuleList(), nn.ModuleList()
+    for i, w in enumerate(widths):
+        self.downs.append(Down(c, w, blocks, attends[i], i < last, head_dim, **res))
+        skips += [w]*(blocks + (i < last))
+        c = w
+    self.mid1 = ResBlock(c, c, **res)
+    self.mid_attention = Attention(c, head_dim, res["groups"])
+    self.mid2 = ResBlock(c, c, **res)
+    for i, w in reversed(list(enumerate(widths))):
+        taken = [skips.pop() for _ in range(blocks + 1)]
+        self.ups.append(Up(c, taken, w, attends[i], i > 0, head_dim, **res))
+        c = w
 
-    def _check_input(self, x: Tensor, cond: Tensor | None) -> None:
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"images of shape {tuple(x.shape)}: this U-Net takes "
-                             f"(batch, {self.channels}, height, width)")
-        self._check_size(*x.shape[2:])
-        if self.num_classes and cond is None:
-            raise ValueError(f"this U-Net knows {self.num_classes} classes and was given no "
-                             "labels: pass cond, of shape (batch,), with -1 for 'no label'")
-        if not self.num_classes and cond is not None:
-            raise ValueError("this U-Net is unconditional and was given labels: leave cond out, or "
-                             "train with model.num_classes > 0")
+# %% ../nbs/10_unet.ipynb #aa064a9c
+@patch
+def forward(self: UNet,
+    x: Tensor,            # (B, C, H, W) noisy images
+    t: Tensor,            # (B,) or () times, as the schedule's `network_time` gives them
+    cond: Tensor = None,  # (B,) int64 labels, -1 for none; where there are classes
+) -> Tensor:              # (B, C, H, W)
+    "The answer of the network. Raises ValueError for images and conditions that do not fit."
+    self._check_input(x, cond)
+    emb = self.time_mlp(timestep_embedding(t.expand(len(x)), self.base_channels))
+    if cond is not None:  # the last row is that of "no label"
+        emb = emb + self.label_emb(torch.where(cond < 0, self.num_classes, cond))
+    h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+    skips = [h]
+    for down in self.downs:
+        h, more = down(h, emb)
+        skips += more
+    h = self.mid2(self.mid_attention(self.mid1(h, emb)), emb)
+    for up in self.ups: h = up(h, skips, emb)
+    return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
-    def forward(self,
-        x: Tensor,         # (B, C, H, W) noisy images
-        t: Tensor,         # (B,) or () times, as the schedule's `network_time` gives them
-        cond: Tensor = None,  # (B,) int64 labels, -1 for none; where there are classes
-    ) -> Tensor:           # (B, C, H, W)
-        self._check_input(x, cond)
-        emb = self.time_mlp(timestep_embedding(t.expand(x.shape[0]), self.base_channels))
-        if cond is not None: emb = emb + self.label_emb(torch.where(cond < 0, self.num_classes, cond))
+# %% ../nbs/10_unet.ipynb #442ac340
+@patch
+def _check_size(self: UNet, height: int, width: int) -> None:
+    wrong = [s for s in (height, width) if s % self.stride or s < self.stride]
+    if not wrong: return
+    low = max(wrong[0]//self.stride, 1)*self.stride
+    near = sorted({low, low + self.stride*(wrong[0] > low)})
+    raise ValueError(
+        f"image size {wrong[0]}: this U-Net shrinks images {self.stride} times, so sizes are "
+        f"multiples of {self.stride}; the nearest: {' or '.join(map(str, near))}. Resize "
+        "(data.image_size), or use fewer model.channel_multipliers")
 
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
-        skips = [h]
-        for down in self.downs:
-            h, more = down(h, emb)
-            skips += more
-        h = self.mid2(self.mid_attention(self.mid1(h, emb)), emb)
-        for up in self.ups: h = up(h, skips, emb)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
-# %% ../nbs/10_unet.ipynb #6046c049
+@patch
+def _check_input(self: UNet, x: Tensor, cond: Tensor | None) -> None:
+    if x.ndim != 4 or x.shape[1] != self.channels: raise ValueError(
+        f"images of shape {tuple(x.shape)}: this U-Net takes (batch, {self.channels}, height, "
+        "width)")
+    self._check_size(*x.shape[2:])
+    if self.num_classes and cond is None: raise ValueError(
+        f"this U-Net knows {self.num_classes} classes and was given no labels: pass cond, of shape "
+        "(batch,), with -1 for 'no label'")
+    if not self.num_classes and cond is not None: raise ValueError(
+        "this U-Net is unconditional and was given labels: leave cond out, or train with "
+        "model.num_classes > 0")
+
+# %% ../nbs/10_unet.ipynb #d84aaaca
 def create_unet(
-    cfg: Config,  # its `model` section is the network, its `data` section the images
+    model: UNetConfig,  # or any object with its fields
+    shape: tuple,       # (C, H, W) of what it is to be shown
 ) -> UNet:
-    "The U-Net that a config describes."
-    return UNet(cfg.data.image_size, cfg.data.channels, **cfg.model.model_dump())
+    "The U-Net that the `model` section of a config describes."
+    return UNet(shape[1], shape[0], **model.model_dump(exclude={"name"}))

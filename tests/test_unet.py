@@ -33,7 +33,7 @@ def test_weights_of_ddpm_by_renaming():
         mid_block_scale_factor=1, time_embedding_type="positional", center_input_sample=False,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")).eval()
-    network = create_unet(load_config("default")).eval()
+    network = create_unet(load_config("default").model, (3, 32, 32)).eval()
     state = reference.state_dict()
     assert sum(v.numel() for v in state.values()) == 35_746_307
     renamed = {name: state.pop(theirs(name)) for name in network.state_dict()}
