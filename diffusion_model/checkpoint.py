@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'verify_checkpoint', 'list_checkpoints', 'prune_checkpoints', 'wait_for_checkpoints',
-           'save_checkpoint', 'find_checkpoint', 'Checkpoint', 'load_checkpoint', 'load_weights', 'load_network']
+           'save_checkpoint', 'find_checkpoint', 'Checkpoint', 'load_checkpoint', 'load_weights']
 
 # %% ../nbs/27_checkpoint.ipynb #6c1b2346
-import atexit, errno, hashlib, json, math, os, re, shutil, struct, threading, warnings
-from collections.abc import Mapping
+import atexit, errno, hashlib, json, math, os, re, shutil, struct, sys, threading, warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +23,6 @@ from torch.utils.serialization import config as serialization
 
 import diffusion_model
 from .config import Config, ConfigError, load_saved_config, save_config
-from .unet import create_unet
 
 # %% ../nbs/27_checkpoint.ipynb #27826dc1
 def _sync(path: Path) -> None:
@@ -33,7 +34,7 @@ def _sync(path: Path) -> None:
     finally: os.close(handle)
 
 # %% ../nbs/27_checkpoint.ipynb #7195ae43
-_FORMAT = 1  # of the directory; a later one is refused, never guessed at
+_FORMAT = 2  # of the directory; a later one is refused, never guessed at
 _VERSION = diffusion_model.__version__
 
 
@@ -94,7 +95,9 @@ def _check_file(path: Path, entry: dict, contents: bool = True) -> None:
                               "its content is damaged")
 
 # %% ../nbs/27_checkpoint.ipynb #3fd1b20b
-_NEEDED = {"model.safetensors", "trainer.pt", "config.yaml"}
+_NEEDED = {"model.safetensors", "config.yaml"}  # without these, it is no checkpoint
+_CLASSIC = {*_NEEDED, "trainer.pt"}             # with averages, all that format 1 knows
+_WEIGHTS = re.compile(r"([A-Za-z][\w.]*)\.safetensors")
 _AVERAGE = re.compile(r"(ema(?:_[\w.]+)?)\.safetensors")
 
 
@@ -105,16 +108,33 @@ def verify_checkpoint(
 ) -> dict:                  # the manifest
     "Check a checkpoint against its manifest, file by file; `CheckpointError` names what is wrong."
     path = Path(path)
-    manifest = _unseal(path/"manifest.json")
-    if _NEEDED != {name for name in manifest["files"] if not _AVERAGE.fullmatch(name)}:
-        raise CheckpointError(f"{path/'manifest.json'} lists {', '.join(manifest['files'])}; a "
-                              f"checkpoint holds {', '.join(sorted(_NEEDED))}, ema*.safetensors")
-    for name, entry in manifest["files"].items():
-        if files is None or name in files: _check_file(path/name, entry, contents)
+    try:
+        manifest = _unseal(path/"manifest.json")
+        names = set(manifest["files"])
+        if not _NEEDED <= names or not all(map(_WEIGHTS.fullmatch, names - _CLASSIC)):
+            raise CheckpointError(
+                f"{path/'manifest.json'} lists {', '.join(names)}; a checkpoint holds "
+                f"{', '.join(sorted(_NEEDED))}, further *.safetensors, and perhaps trainer.pt")
+        for name, entry in manifest["files"].items():
+            if files is None or name in files: _check_file(path/name, entry, contents)
+    except OSError as error: raise _unreadable(path, error) from None
     return manifest
+
+# %% ../nbs/27_checkpoint.ipynb #1ca68b35
+class _Vanished(CheckpointError):
+    "A checkpoint that was deleted while it was read."
+
+
+def _unreadable(folder: Path, error: OSError, file: Path = None) -> CheckpointError:
+    "The error for a file of a checkpoint that the system does not let us read."
+    if not folder.is_dir(): return _Vanished(
+        f"{folder} was deleted while it was read, as a run deletes its older checkpoints: open the "
+        "run again, for its newest one")
+    return CheckpointError(f"{file or error.filename} cannot be read: {error.strerror or error}")
 
 
 def _is_whole(path: Path) -> bool:
+    "Does a checkpoint have all its files, of the right sizes?"
     try: return bool(verify_checkpoint(path, contents=False))
     except CheckpointError: return False
 
@@ -146,7 +166,7 @@ def _remove(folder: Path) -> None:
 def _score(folder: Path) -> float | None:
     "The validation loss that a checkpoint was saved with."
     try: return _unseal(folder/"manifest.json").get("score")
-    except CheckpointError: return -math.inf  # perhaps the best: whoever opens it is told
+    except (CheckpointError, OSError): return -math.inf  # perhaps the best: opened first, and named
 
 
 def _ranked(folders: list[Path]) -> list[Path]:
@@ -199,11 +219,13 @@ _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 
 def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     "Named tensors as safetensors; the widest numbers first, so that each is aligned."
+    for name, tensor in state.items():
+        if getattr(tensor, "dtype", None) not in _KINDS: raise TypeError(
+            f"{name} is of {getattr(tensor, 'dtype', type(tensor).__name__)}; a checkpoint holds "
+            f"tensors of {', '.join(map(str, _KINDS))}")
     state = dict(sorted(_strip(state).items(), key=lambda item: -item[1].element_size()))
     header, end = {}, 0
     for name, tensor in state.items():
-        if tensor.dtype not in _KINDS: raise TypeError(
-            f"{name} is of {tensor.dtype}; a checkpoint holds {', '.join(map(str, _KINDS))}")
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}
@@ -224,14 +246,13 @@ def _write_trainer(trainer: dict, path: Path) -> None:
         raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def _parts(network: Mapping, averages: dict, trainer: dict, config: Config) -> dict:
+def _parts(weights: dict, trainer: dict | None, config: Config) -> dict:
     "Each file's name, and the function that writes it to a path."
-    weights = {"model": network, **averages}
-    return {**{f"{name}.safetensors": partial(_write_weights, w) for name, w in weights.items()},
-            "trainer.pt": partial(_write_trainer, trainer),
-            "config.yaml": partial(save_config, config)}
+    parts = {f"{name}.safetensors": partial(_write_weights, w) for name, w in weights.items()}
+    if trainer is not None: parts["trainer.pt"] = partial(_write_trainer, trainer)
+    return parts | {"config.yaml": partial(save_config, config)}
 
-
+# %% ../nbs/27_checkpoint.ipynb #b4c86560
 def _entry(path: Path) -> dict:
     "What the manifest says of a file that was just written."
     return {"bytes": path.stat().st_size, "pages": _pages(path)}
@@ -243,7 +264,9 @@ def _write_all(folder: Path, parts: dict, about: dict) -> None:
     for name, write in parts.items():
         write(folder/name)
         files[name] = _entry(folder/name)
-    manifest = dict(format=_FORMAT, version=_VERSION, torch=torch.__version__, **about, files=files)
+    classic = {name for name in files if not _AVERAGE.fullmatch(name)} == _CLASSIC
+    manifest = dict(format=1 if classic else _FORMAT, version=_VERSION, torch=torch.__version__,
+                    **about, files=files)
     (folder/"manifest.json").write_bytes(_seal(manifest))
 
 # %% ../nbs/27_checkpoint.ipynb #1f37f167
@@ -259,28 +282,37 @@ def _bytes_of(value) -> int:
     return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
+def _existing(path: Path) -> Path:
+    "A folder, or the nearest one above it that exists."
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+# %% ../nbs/27_checkpoint.ipynb #98856e6b
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota used up, file too large
 
 
 def _no_room(root: Path, step: int, needed: int, reason: str) -> OSError:
     "The error that says what a full disk needs."
     good = [_step(p) for p in list_checkpoints(root) if _is_whole(p)]
+    free = shutil.disk_usage(_existing(root)).free
+    if free > needed: reason += "; though there is room: a quota, a limit, or no inodes (df -i)?"
     error = OSError(
         f"could not save step {step}: it needs {needed/1e6:,.1f} MB, "
-        f"{shutil.disk_usage(root).free/1e6:,.1f} MB free at {root} ({reason}); last good: "
+        f"{free/1e6:,.1f} MB free at {root} ({reason}); last good: "
         f"{f'step {good[-1]}' if good else 'none'}. Make room, keep fewer checkpoints "
         "(logging.keep_checkpoints) or write elsewhere (logging.output_dir)")
     error.errno = errno.ENOSPC
     return error
 
 # %% ../nbs/27_checkpoint.ipynb #3b1bb639
-def _write_safely(folder: Path, states: list, config: Config, about: dict) -> None:
+def _write_safely(folder: Path, weights: dict, trainer, config: Config, about: dict) -> None:
     "Write the unfinished folder; remove it if that fails, and explain a full disk."
-    root, step, needed = folder.parent, about["step"], _bytes_of(states)
-    if shutil.disk_usage(root).free < needed: raise _no_room(root, step, needed, "disk full")
+    root, step, needed = folder.parent, about["step"], _bytes_of([weights, trainer])
     try:
+        if shutil.disk_usage(_existing(root)).free < needed: raise OSError(errno.ENOSPC, "disk full")
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob("step_*.tmp"): shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir()
-        _write_all(folder, _parts(*states, config), about)
+        _write_all(folder, _parts(weights, trainer, config), about)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         full = isinstance(error, OSError) and error.errno in _FULL
@@ -330,7 +362,7 @@ class _Settling(threading.Thread):
 
 _last: list[_Settling] = []  # of the last save, until somebody has asked how it ended
 
-
+# %% ../nbs/27_checkpoint.ipynb #ac4a18a9
 def _failure() -> CheckpointError | None:
     "Wait for the thread of the last save; the error to raise if it failed."
     if not _last: return None
@@ -343,28 +375,56 @@ def _failure() -> CheckpointError | None:
     return error
 
 
-@atexit.register
 def wait_for_checkpoints() -> None:
     "Return once the last save is on the disk and old ones are deleted; raise what failed in that."
     if error := _failure(): raise error
 
+
+@atexit.register
+def _last_words() -> None:
+    "At the end of a process: the failure that nobody has asked for, in one line."
+    with suppress(OSError, ValueError):  # standard error may be closed by now
+        if error := _failure(): print(error, file=sys.stderr)
+
 # %% ../nbs/27_checkpoint.ipynb #70c2ad1e
+def _by_name(source, main: str) -> dict[str, Mapping]:
+    "The states of one thing, called `main`, or of several that come with their names."
+    several = isinstance(source, Mapping) and source and not any(
+        isinstance(value, Tensor) for value in source.values())
+    return {name: _state(s) for name, s in (source if several else {main: source}).items()}
+
+
 def _averages(ema) -> dict[str, Mapping]:
     "The state of each average, by name: 'ema' is the main one."
-    if ema is None: return {}
-    several = isinstance(ema, Mapping) and not any(isinstance(v, Tensor) for v in ema.values())
-    named = dict(ema) if several else {"ema": ema}
-    valid = all(_AVERAGE.fullmatch(f"{name}.safetensors") for name in named)
-    if named and not (valid and "ema" in named):
+    if ema is None or isinstance(ema, Mapping) and not ema: return {}
+    named = _by_name(ema, "ema")
+    if "ema" not in named or not all(_AVERAGE.fullmatch(f"{name}.safetensors") for name in named):
         raise ValueError(f"ema: found averages named {', '.join(map(repr, named))}; the main one "
                          "is 'ema', others are 'ema_' and letters, digits, points: 'ema_0.999'")
-    return {name: _state(average) for name, average in named.items()}
+    return named
+
+
+def _networks(network) -> dict[str, Mapping]:
+    "The state of each network, by name: 'model' is the main one."
+    named = _by_name(network, "model")
+    files = [f"{name}.safetensors" for name in named]
+    valid = all(_WEIGHTS.fullmatch(f) and not _AVERAGE.fullmatch(f) for f in files)
+    if "model" not in named or not valid: raise ValueError(
+        f"network: found networks named {', '.join(map(repr, named))}; the main one is 'model', "
+        "others have letters, digits, points, and do not begin as averages do: 'decoder'")
+    return named
+
+# %% ../nbs/27_checkpoint.ipynb #686f014c
+def _to_resume(optimizer, extra: dict | None) -> dict | None:
+    "What `trainer.pt` holds; None where there is nothing to resume from: a released model."
+    if optimizer is None and not extra: return None
+    return {**(extra or {}), "optimizer": None if optimizer is None else _state(optimizer)}
 
 # %% ../nbs/27_checkpoint.ipynb #22472dcd
 def save_checkpoint(
     run_dir,                 # of the run; the result is run_dir/checkpoints/step_00001000
     step: int,               # optimizer steps made
-    network,                 # an `nn.Module`, or its state dict
+    network,                 # an `nn.Module`, its state dict, or several: {"model": one, ...}
     ema,                     # an `EMA`, a network, a state dict, {"ema": one, ...}, or None
     optimizer,               # a torch optimizer, its state dict, or None
     config: Config,
@@ -373,16 +433,16 @@ def save_checkpoint(
     keep: int = 0,           # afterwards delete all but the newest `keep`; 0: delete none
     keep_best: bool = True,  # and but the one with the lowest score
     score: float = None,     # validation loss at this step, lower is better; None: not known
+    network_name: str = None,  # the class of a network of the user's own; None: `config.model`'s
 ) -> Path:                   # the step directory, whole; `wait_for_checkpoints` for durable
     "Write one checkpoint so that, whatever happens, the run keeps a whole one."
     failed, root = _failure(), Path(run_dir)/"checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
     final, unfinished = root/f"step_{step:08d}", root/f"step_{step:08d}.tmp"
-    trainer = {**(extra or {}), "optimizer": None if optimizer is None else _state(optimizer)}
     about = dict(step=step, classes=None if classes is None else [str(c) for c in classes],
-                 score=float(score) if score is not None and math.isfinite(score) else None)
-    for leftover in root.glob("step_*.tmp"): shutil.rmtree(leftover, ignore_errors=True)
-    _write_safely(unfinished, [_state(network), _averages(ema), trainer], config, about)
+                 score=float(score) if score is not None and math.isfinite(score) else None,
+                 network_name=network_name)
+    weights = {**_networks(network), **_averages(ema)}
+    _write_safely(unfinished, weights, _to_resume(optimizer, extra), config, about)
     _install(unfinished, final)
     _last.append(_Settling(final, keep, keep_best))
     _last[0].start()
@@ -392,13 +452,13 @@ def save_checkpoint(
 # %% ../nbs/27_checkpoint.ipynb #08d650f7
 def _near(path: Path) -> str:
     "The runs and steps that a reader may have meant."
-    here = next(p for p in (path, *path.parents) if p.is_dir())
+    here = _existing(path)
     runs = [here] if list_checkpoints(here) else sorted(
         p for p in here.iterdir() if p.is_dir() and list_checkpoints(p))
     if not runs: return "No run with a checkpoint is near: train one first (diffusion-train)"
-    told = [f"{p} (steps {', '.join(str(_step(s)) for s in list_checkpoints(p)[-5:])})"
+    near = [f"{p} (steps {', '.join(str(_step(s)) for s in list_checkpoints(p)[-5:])})"
             for p in runs[:5]]
-    return "Near it: " + "; ".join(told)
+    return "Near it: " + "; ".join(near)
 
 
 def _no_checkpoint(path: Path) -> Exception:
@@ -406,11 +466,38 @@ def _no_checkpoint(path: Path) -> Exception:
     if path.is_file():
         kind = "optimizer state, not weights" if path.name == "trainer.pt" else "a file"
         return CheckpointError(f"{path} is {kind}: pass the checkpoint's folder, {path.parent}")
-    what = "it holds none" if path.is_dir() else "there is no such folder"
+    left = [p.name for p in sorted(path.glob("**/step_*.tmp"))]
+    what = "there is no such folder" if not path.is_dir() else "it holds none" + (
+        f" but {left[0]}, which an interrupted save has left" if left else "")
     return FileNotFoundError(f"no checkpoint at {path}: {what}. Looked for step_*/manifest.json "
                              f"in it and in {path/'checkpoints'}. {_near(path)}")
 
 # %% ../nbs/27_checkpoint.ipynb #bf2d6121
+def _newest_valid(path: Path, files, contents: bool, best: bool) -> Path:
+    "The newest (or best) valid checkpoint of a run, with a warning of those that are not."
+    if not (found := list_checkpoints(path)): raise _no_checkpoint(path)
+    if best and not (found := _ranked(found)): raise CheckpointError(
+        f"no checkpoint in {path} was saved with a validation loss, so none is known as the best: "
+        "take the newest, or train with logging.validate_every")
+    reasons = []
+    for folder in reversed(found):
+        try: verify_checkpoint(folder, files, contents)
+        except CheckpointError as error:
+            if not folder.is_dir(): raise _Vanished(str(error)) from None
+            reasons.append(str(error))
+        else:
+            for reason in reasons: warnings.warn(f"{reason}; falling back to {folder.name}")
+            return folder
+    raise CheckpointError("\n".join([f"no valid checkpoint in {path}:", *reasons]))
+
+
+def _patiently(read: Callable, tries: int = 10):
+    "Call `read`, and again where the checkpoint that it was at has just been deleted."
+    for _ in range(tries - 1):
+        with suppress(_Vanished): return read()
+    return read()
+
+# %% ../nbs/27_checkpoint.ipynb #28898cbf
 def find_checkpoint(
     path,                   # a run directory, its checkpoints directory, or a step directory
     files=None,             # names of the files that must be valid; default: all
@@ -418,40 +505,44 @@ def find_checkpoint(
     best: bool = False,     # of a run, the one with the lowest score instead of the newest
 ) -> Path:                  # the step directory
     "The newest (or best) valid checkpoint of a run, or the step asked for, if it is valid."
-    path, reasons = Path(path), []
+    path = Path(path)
     if path.is_dir() and path.suffix == ".tmp":
         raise CheckpointError(f"{path} was left by an interrupted save: use {path.parent}")
-    if path.is_dir() and (_STEP.fullmatch(path.name) or (path/"manifest.json").is_file()):
-        if best: raise CheckpointError(f"{path} is one step, and the best is one of a run's: "
-                                       f"pass {path.parent}, or leave best=True out")
-        verify_checkpoint(path, files, contents)
-        return path
-    if not (found := list_checkpoints(path)): raise _no_checkpoint(path)
-    if best and not (found := _ranked(found)): raise CheckpointError(
-        f"no checkpoint in {path} was saved with a validation loss, so none is known as the best: "
-        "take the newest, or train with logging.validate_every")
-    for folder in reversed(found):
-        try: verify_checkpoint(folder, files, contents)
-        except CheckpointError as error: reasons.append(str(error))
-        else:
-            for reason in reasons: warnings.warn(f"{reason}; falling back to {folder.name}")
-            return folder
-    raise CheckpointError("\n".join([f"no valid checkpoint in {path}:", *reasons]))
+    if not path.is_dir() or not (_STEP.fullmatch(path.name) or (path/"manifest.json").is_file()):
+        return _patiently(partial(_newest_valid, path, files, contents, best))
+    if best: raise CheckpointError(f"{path} is one step, and the best is one of a run's: "
+                                   f"pass {path.parent}, or leave best=True out")
+    verify_checkpoint(path, files, contents)
+    return path
 
 # %% ../nbs/27_checkpoint.ipynb #686f42c9
 def _read_weights(path: Path, device) -> dict[str, Tensor]:
     "Named tensors: numbers, and nothing that could run."
     try: return _strip(load_file(path, device=str(device)))
+    except OSError as error: raise _unreadable(path.parent, error, path) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+
+
+def _read_config(path: Path, version: str) -> tuple[Config, list[str]]:
+    "The settings, and what differs from this version's fields."
+    try: return load_saved_config(path)
+    except ConfigError as error:
+        if not path.parent.is_dir(): raise _unreadable(path.parent, FileNotFoundError()) from None
+        raise CheckpointError(f"{path} was written by version {version} and does not suit this "
+                              f"one, {_VERSION}:\n{error}") from None
 
 
 def _read_trainer(path: Path, device) -> dict:
     "Tensors and plain values; a pickle that asks for anything else is refused before it runs."
     try: return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error: raise _unreadable(path.parent, error, path) from None
     except Exception as error:  # what a forged pickle raises is the forger's choice
-        raise CheckpointError(f"{path} is refused: it is damaged, or holds more than tensors and "
-                              f"plain values, and so could run code ({error})") from None
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to trust the file
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or holds more than tensors and plain values"
+            + (f" (it asks for {asked[1]})" if asked else "") + ", and so could run code. Do not "
+            "open it by other means; go on from another checkpoint") from None
 
 # %% ../nbs/27_checkpoint.ipynb #ab04e7c9
 class _Lazy(Mapping):
@@ -472,32 +563,50 @@ class Checkpoint:
         self.path, self.device, self.step = path, device, manifest["step"]
         self.classes, self.version = manifest["classes"], manifest["version"]
         self.files, self.score = manifest["files"], manifest.get("score")
-        self.emas = _Lazy([m[1] for f in self.files if (m := _AVERAGE.fullmatch(f))], self._weights)
+        self.network_name = manifest.get("network_name")  # None: the network is config.model's
+        names = [f.removesuffix(".safetensors") for f in self.files if _WEIGHTS.fullmatch(f)]
+        self._read = _Lazy(names, lambda name: _read_weights(path/f"{name}.safetensors", device))
+        averages = [name for name in names if _AVERAGE.fullmatch(f"{name}.safetensors")]
+        self.emas = _Lazy(averages, self.weights)
+        self.networks = _Lazy([name for name in names if name not in averages], self.weights)
 
     def __repr__(self): return f"Checkpoint({str(self.path)!r}, step={self.step})"
-    def _weights(self, name): return _read_weights(self.path/f"{name}.safetensors", self.device)
+
+    def weights(self, name: str = "model") -> dict[str, Tensor]:
+        "Named tensors: of 'model', of 'ema' or another average, of a further network."
+        if name in self._read: return self._read[name]
+        raise CheckpointError(f"{self.path} has no '{name}'; it has {', '.join(self._read)}")
 
     @cached_property
-    def model(self) -> dict[str, Tensor]: return self._weights("model")
-
-    @property
-    def ema(self) -> dict[str, Tensor] | None: return self.emas.get("ema")  # the main one
+    def _config(self): return _read_config(self.path/"config.yaml", self.version)
 
     @cached_property
-    def _config(self) -> tuple[Config, list[str]]:
-        try: return load_saved_config(self.path/"config.yaml")
-        except ConfigError as error: raise CheckpointError(
-            f"{self.path/'config.yaml'} was written by version {self.version} and does not suit "
-            f"this one, {_VERSION}:\n{error}") from None
+    def _trainer(self): return _read_trainer(self.path/"trainer.pt", self.device)
 
-    @property
-    def config(self) -> Config: return self._config[0]
+# %% ../nbs/27_checkpoint.ipynb #d5e635d5
+@patch(as_prop=True)
+def model(self: Checkpoint) -> dict[str, Tensor]: return self.weights("model")  # trained weights
 
-    @property
-    def notes(self) -> list[str]: return self._config[1]  # what differs from this version's fields
 
-    @cached_property
-    def trainer(self) -> dict: return _read_trainer(self.path/"trainer.pt", self.device)
+@patch(as_prop=True)
+def ema(self: Checkpoint) -> dict[str, Tensor] | None: return self.emas.get("ema")  # main average
+
+
+@patch(as_prop=True)
+def config(self: Checkpoint) -> Config: return self._config[0]
+
+
+@patch(as_prop=True)
+def notes(self: Checkpoint) -> list[str]: return self._config[1]  # what is not as in this version
+
+
+@patch(as_prop=True)
+def trainer(self: Checkpoint) -> dict:
+    "What `trainer.pt` holds: the optimizer's state as 'optimizer', and `extra`."
+    if "trainer.pt" not in self.files: raise CheckpointError(
+        f"{self.path} holds weights alone, and no trainer.pt to resume from: sample from it, or "
+        "start a new run from its weights (`load_weights`)")
+    return self._trainer
 
 # %% ../nbs/27_checkpoint.ipynb #e7078685
 def load_checkpoint(
@@ -505,10 +614,17 @@ def load_checkpoint(
     device="cpu",         # where tensors go, whatever device they came from
     verify: bool = True,  # check every file's checksum; False: sizes only
     best: bool = False,   # of a run, the one with the lowest validation loss
-) -> Checkpoint:          # .step, .score, .config, .notes, .classes, .model, .ema, .emas, .trainer
+    read=(),              # parts to read at once, before a run that goes on may delete them:
+) -> Checkpoint:          # "config", "trainer", and names of weights: "model", "ema", ...
     "Open a checkpoint after checking it."
-    folder = find_checkpoint(path, contents=verify, best=best)
-    return Checkpoint(folder, verify_checkpoint(folder, contents=False), device)
+    def opened():
+        folder = find_checkpoint(path, contents=verify, best=best)
+        checkpoint = Checkpoint(folder, verify_checkpoint(folder, contents=False), device)
+        for part in read:
+            if part in ("config", "trainer"): getattr(checkpoint, part)
+            else: checkpoint.weights(part)
+        return checkpoint
+    return _patiently(opened) if not _STEP.fullmatch(Path(path).name) else opened()
 
 # %% ../nbs/27_checkpoint.ipynb #e04af44d
 def _mismatch(own: dict, state: dict) -> list[str]:
@@ -537,19 +653,3 @@ def load_weights(
                   if k.startswith(("model.", "data."))]
         raise CheckpointError("\n".join([f"{source} do not fit this network:", *lines]))
     network.load_state_dict({name: state[k] for name, k in zip(names, own)})
-
-# %% ../nbs/27_checkpoint.ipynb #9a2a2a77
-def load_network(
-    path,                    # a run directory, a step directory, or a `Checkpoint`
-    ema: bool | str = True,  # averaged weights, where there are any; or the name of an average
-    device="cpu",
-) -> tuple[nn.Module, Config]:  # in evaluation mode
-    "The network of a checkpoint, ready to sample."
-    checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
-    if isinstance(ema, str) and ema not in checkpoint.emas: raise CheckpointError(
-        f"{checkpoint.path} has no average '{ema}'; it has {', '.join(checkpoint.emas) or 'none'}, "
-        "and the trained weights (ema=False)")
-    network, name = create_unet(checkpoint.config), ema if isinstance(ema, str) else "ema"
-    state = checkpoint.emas[name] if ema and name in checkpoint.emas else checkpoint.model
-    load_weights(network, state, checkpoint.path)
-    return network.to(device).eval(), checkpoint.config

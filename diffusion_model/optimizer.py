@@ -19,13 +19,14 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 def parameter_groups(
     network: nn.Module,
     weight_decay: float,  # for kernels and matrices; biases, norms and embeddings get 0
-) -> list[dict]:          # what a torch optimizer takes; every parameter in exactly one group
-    "Split the parameters into those that decay and those that must not."
+) -> list[dict]:          # what a torch optimizer takes; every trained parameter in one group
+    "Split the parameters that are trained into those that decay and those that must not."
     spared = {
         id(p) for module in network.modules() for name, p in module.named_parameters(recurse=False)
         if p.ndim < 2 or "bias" in name or isinstance(module, (*_NORMS, nn.Embedding))}
-    decayed = [p for p in network.parameters() if id(p) not in spared]
-    rest = [p for p in network.parameters() if id(p) in spared]
+    trained = [p for p in network.parameters() if p.requires_grad]  # not what is frozen
+    decayed = [p for p in trained if id(p) not in spared]
+    rest = [p for p in trained if id(p) in spared]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)]
     return [g for g in groups if g["params"]]
 
@@ -33,6 +34,11 @@ def parameter_groups(
 def _progress(step: int, start: int, training) -> float:
     "The share of the way from the end of the warm-up to `max_steps`, in [0, 1]."
     return min(1., max(0., (step - start)/max(1, training.max_steps - start)))
+
+
+def _constant(step: int, start: int, training) -> float:
+    "The peak, to the end."
+    return 1.
 
 
 def _linear(step: int, start: int, training) -> float:
@@ -45,12 +51,20 @@ def _cosine(step: int, start: int, training) -> float:
     low = training.min_lr_ratio
     return low + (1 - low)*(1 + math.cos(math.pi*_progress(step, start, training)))/2
 
+# %% ../nbs/25_optimizer.ipynb #156da9d2
+def _step(step: int, start: int, training) -> float:
+    "A fall by `lr_gamma` every `lr_step_size` steps."
+    return training.lr_gamma**(step//training.lr_step_size)
 
-LR_SCHEDULES = {  # name -> factor(step, end of warm-up, training)
-    "constant": lambda step, start, training: 1., "linear": _linear, "cosine": _cosine,
-    "step": lambda step, start, training: training.lr_gamma**(step//training.lr_step_size),
-    "inverse_sqrt": lambda step, start, training: (max(1, start)/max(1, start, step))**0.5,
-}
+
+def _inverse_sqrt(step: int, start: int, training) -> float:
+    "1 until the warm-up ends, then its square root over that of the step."
+    return (max(1, start)/max(1, start, step))**0.5
+
+
+LR_SCHEDULES = {  # name -> share of the peak(step, end of the warm-up, training)
+    "constant": _constant, "linear": _linear, "cosine": _cosine, "step": _step,
+    "inverse_sqrt": _inverse_sqrt}
 
 # %% ../nbs/25_optimizer.ipynb #0dbb8f8f
 def learning_rate(
@@ -73,38 +87,50 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         else: group["lr"] = lr
 
 # %% ../nbs/25_optimizer.ipynb #dccf6640
-def _lion(groups: list[dict], fused, **settings):  # the library has no fused form
-    "Lion (Chen et al. 2023, Algorithm 2) of the library lion-pytorch."
+def _adamw(groups: list[dict], training, lr: float, fused: bool | None):
+    "Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2)."
+    return torch.optim.AdamW(groups, lr, (training.beta1, training.beta2), fused=fused)
+
+
+def _adam(groups: list[dict], training, lr: float, fused: bool | None):
+    "Adam (Kingma & Ba 2015, Algorithm 1); weight decay is an L2 penalty."
+    return torch.optim.Adam(groups, lr, (training.beta1, training.beta2), fused=fused)
+
+
+def _sgd(groups: list[dict], training, lr: float, fused: bool | None):
+    "Gradient descent with momentum."
+    return torch.optim.SGD(groups, lr, momentum=training.beta1, fused=fused)
+
+
+def _lion(groups: list[dict], training, lr: float, fused: bool | None):
+    "Lion (Chen et al. 2023, Algorithm 2) of the library lion-pytorch, which has no fused form."
     try: from lion_pytorch import Lion
     except ImportError as error:
         raise ImportError("training.optimizer is 'lion', which needs the library lion-pytorch: "
                           "pip install 'diffusion_model[lion]', or choose adamw") from error
-    return Lion(groups, **settings)
+    return Lion(groups, lr, (training.beta1, training.beta2))
 
 
-def _betas(training) -> dict: return dict(betas=(training.beta1, training.beta2))
-
-
-OPTIMIZERS = {  # name -> (class, arguments from the config)
-    "adamw": (torch.optim.AdamW, _betas), "adam": (torch.optim.Adam, _betas),
-    "sgd": (torch.optim.SGD, lambda training: dict(momentum=training.beta1)),
-    "lion": (_lion, _betas),
-}
+OPTIMIZERS = {  # name -> optimizer(groups, training, lr, fused)
+    "adamw": _adamw, "adam": _adam, "sgd": _sgd, "lion": _lion}
 
 # %% ../nbs/25_optimizer.ipynb #77e49e4c
 def create_optimizer(
     training,            # a `TrainingConfig`
     network: nn.Module,  # already on its device
 ) -> torch.optim.Optimizer:
-    "The optimizer that the config describes, its rate set for the first step."
+    "The optimizer that the config describes, its rate set for the first step. Raises ValueError."
     if training.optimizer not in OPTIMIZERS:
         raise ValueError(f"training.optimizer is {training.optimizer!r}; "
                          f"allowed: {', '.join(OPTIMIZERS)}")
-    kind, arguments = OPTIMIZERS[training.optimizer]
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point()
-                for p in network.parameters())
-    return kind(parameter_groups(network, training.weight_decay),
-                lr=learning_rate(0, training), fused=fused or None, **arguments(training))
+    groups = parameter_groups(network, training.weight_decay)
+    weights = [p for group in groups for p in group["params"]]
+    if not weights: raise ValueError(
+        f"{type(network).__name__} has no parameter to train: {len([*network.parameters()])} are "
+        "there, all frozen; set requires_grad of those that should learn")
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in weights)
+    create = OPTIMIZERS[training.optimizer]
+    return create(groups, training, learning_rate(0, training), fused or None)
 
 # %% ../nbs/25_optimizer.ipynb #1ba72a96
 def restore_optimizer(
@@ -112,11 +138,14 @@ def restore_optimizer(
     state: dict,  # what `optimizer.state_dict()` gave when it was saved
 ) -> None:
     "Take over the saved moments, but keep the settings of this run's config. Raises ValueError."
+    if not state or "param_groups" not in state: raise ValueError(
+        "the checkpoint holds no optimizer state: it was saved to sample from, and cannot be "
+        "resumed. Start another run from its weights")
     here, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
     sizes = [[len(g["params"]) for g in groups] for groups in (saved, here)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the saved optimizer holds groups of {sizes[0]} parameters, this one of "
-                         f"{sizes[1]}: another network or optimizer")
+                         f"{sizes[1]}: another network or optimizer, or other layers are frozen")
     kinds = [[k for k in ("betas", "eps", "momentum") if k in g[0]] for g in (saved, here)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"the saved optimizer has {' and '.join(kinds[0])}, this one "

@@ -7,17 +7,19 @@ __all__ = ['pick_device', 'World', 'report_lost_process', 'main_first']
 
 # %% ../nbs/29_processes.ipynb #55add747
 import contextlib
+import hashlib
+import json
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/29_processes.ipynb #a83009d4
@@ -35,6 +37,48 @@ def pick_device(
         f"training.device: found '{name}'; this machine has {', '.join(here)}; auto takes the best")
     return torch.device(name)
 
+# %% ../nbs/29_processes.ipynb #6796375f
+def _from_environment(name: str, default: int, low: int, high: float = math.inf) -> int:
+    "A number that a launcher has set. Raises ValueError."
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not low <= int(text) <= high: raise ValueError(
+        f"{name}: found '{text}' in the environment; allowed: a whole number from {low} to {high}, "
+        "as a launcher (torchrun) sets it. Start by a launcher, or without any: env -u "
+        "WORLD_SIZE -u RANK -u LOCAL_RANK ...")
+    return int(text)
+
+
+def _place() -> tuple[int, int]:
+    "This process's rank, and how many processes there are. Raises ValueError."
+    size = _from_environment("WORLD_SIZE", 1, low=1)
+    rank = _from_environment("RANK", 0, 0, math.inf if size == 1 else size - 1)
+    if size == 1: return 0, 1
+    if dist.is_initialized(): return dist.get_rank(), size  # who connected them has numbered them
+    absent = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if absent: raise ValueError(
+        f"WORLD_SIZE is {size} in the environment, but {' and '.join(absent)} not set: start by a "
+        "launcher (torchrun), which sets all of them, or without any: env -u WORLD_SIZE ...")
+    return rank, size
+
+# %% ../nbs/29_processes.ipynb #9d124670
+class World:
+    "The processes of a run. Alone, there is one, and nothing is ever waited for."
+    def __init__(self,
+        device: str = "auto",  # auto, cpu, cuda (each process its own), or one device if alone
+    ):
+        self.rank, self.size = _place()
+        self.device = pick_device(device)
+        if self.size == 1: return
+        if self.device.index is not None or self.device.type == "mps": raise ValueError(
+            f"training.device: found '{device}' with {self.size} processes; allowed: auto, cpu, or "
+            "cuda, of which each process takes its own")
+        self._connect()
+
+    @property
+    def main(self) -> bool:
+        "Is this the process that writes, and talks?"
+        return self.rank == 0
+
 # %% ../nbs/29_processes.ipynb #56f4fa03
 def _reconnect(backend: str, patience: timedelta) -> None:
     "After a restart by torchrun, meet under a new name: under the old one, the dead still answer."
@@ -45,57 +89,77 @@ def _reconnect(backend: str, patience: timedelta) -> None:
                             rank=rank, world_size=size, timeout=patience)
 
 # %% ../nbs/29_processes.ipynb #3fee8be7
-class World:
-    "The processes of a run. Alone, there is one, and nothing is ever waited for."
-    def __init__(self,
-        device: str = "auto",  # auto, cpu, cuda (each process its own), or one device if alone
-    ):
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
-        self.device = pick_device(device)
-        if self.size == 1: return
-        if self.device.index is not None or self.device.type == "mps": raise ValueError(
-            f"training.device: found '{device}' with {self.size} processes; allowed: auto, cpu, or "
-            "cuda, of which each process takes its own")
-        cpu, patience = self.device.type == "cpu", timedelta(hours=2)
-        _reconnect("gloo" if cpu else "nccl", patience)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # said below, for each case
-            state = PartialState(cpu=cpu, timeout=patience)
-        self.rank, self.size = state.process_index, state.num_processes
-        if not cpu: self.device = state.device
-        # a fork does not take the threads of OpenMP along: a parallel loop would wait for them
-        if state.fork_launched and cpu: torch.set_num_threads(1)
+@patch
+def _connect(self: World) -> None:
+    "Meet the other processes; take the device that is this one's."
+    from accelerate import PartialState
+    cpu, patience = self.device.type == "cpu", timedelta(hours=2)
+    _reconnect("gloo" if cpu else "nccl", patience)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # said below, for each case
+        state = PartialState(cpu=cpu, timeout=patience)
+    self.rank, self.size = state.process_index, state.num_processes
+    if not cpu: self.device = state.device
+    # a fork does not take the threads of OpenMP along: a parallel loop would wait for them
+    if state.fork_launched and cpu: torch.set_num_threads(1)
 
-    @property
-    def main(self) -> bool:
-        "Is this the process that writes, and talks?"
-        return self.rank == 0
 
-    def _reduce(self, values, how) -> list[float]:
-        if self.size == 1: return [float(v) for v in values]
-        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(numbers, how)
-        return numbers.tolist()
+@patch
+def wait(self: World) -> None:
+    "Until all processes are here."
+    if self.size > 1: dist.barrier()
 
-    def sum(self, *values: float) -> list[float]:
-        "Each value, summed over all processes."
-        return self._reduce(values, dist.ReduceOp.SUM)
 
-    def max(self, *values: float) -> list[float]:
-        "Each value's largest over all processes."
-        return self._reduce(values, dist.ReduceOp.MAX)
+@patch
+def close(self: World) -> None:
+    "Part from the others, at the end of the program."
+    if self.size > 1: dist.destroy_process_group()
 
-    def gather(self, values: list) -> list:
-        "The lists of all processes as one, in order of rank."
-        return values if self.size == 1 else gather_object(values)
+# %% ../nbs/29_processes.ipynb #85d3db4a
+@patch
+def _meet(self: World, values) -> list[list[float]]:
+    "The numbers of each process, in order of rank: one meeting, and one wait for the device."
+    alone = self.size == 1
+    if alone and not any(isinstance(v, Tensor) for v in values): return [[float(v) for v in values]]
+    kind = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+    mine = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device).detach().reshape(())
+                        for v in values]) if len(values) else torch.empty(0)
+    if alone or not len(values): return [mine.tolist()]*self.size
+    rows = [torch.empty_like(mine) for _ in range(self.size)]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).tolist()
 
-    def wait(self) -> None:
-        "Until all processes are here."
-        if self.size > 1: dist.barrier()
 
-    def close(self) -> None:
-        "Part from the others, at the end of the program."
-        if self.size > 1: PartialState().destroy_process_group()
+@patch
+def reduce(self: World,
+    sums=(),    # numbers, or tensors of one element, to be summed over all processes
+    maxima=(),  # of which the largest is wanted; NaN if any is
+) -> tuple[list[float], list[float]]:
+    "Sums and maxima over all processes: the same numbers on each, from one meeting."
+    columns = list(zip(*self._meet([*sums, *maxima])))
+    largest = [math.nan if any(map(math.isnan, c)) else max(c) for c in columns[len(sums):]]
+    return [sum(c) for c in columns[:len(sums)]], largest
+
+# %% ../nbs/29_processes.ipynb #5c6751ea
+@patch
+def sum(self: World, *values: float) -> list[float]:
+    "Each value, summed over all processes."
+    return self.reduce(sums=values)[0]
+
+
+@patch
+def max(self: World, *values: float) -> list[float]:
+    "Each value's largest over all processes."
+    return self.reduce(maxima=values)[1]
+
+
+@patch
+def gather(self: World, values: list) -> list:
+    "The lists of all processes as one, in order of rank."
+    if self.size == 1: return values
+    lists = [None]*self.size
+    dist.all_gather_object(lists, values)
+    return [value for each in lists for value in each]
 
 # %% ../nbs/29_processes.ipynb #119c3bb2
 @patch
@@ -112,6 +176,9 @@ def no_sync(self: World, network: nn.Module, skip: bool = True):
     return network.no_sync() if self.size > 1 and skip else contextlib.nullcontext()
 
 # %% ../nbs/29_processes.ipynb #e5f44903
+_BROKEN = re.compile(r"gloo/\S+\.(cc|h):\d+")  # where gloo's own errors come from
+
+
 @contextlib.contextmanager
 def report_lost_process(
     world: World,
@@ -119,11 +186,37 @@ def report_lost_process(
     "Turn a connection that broke into a sentence. Raises ConnectionError where a process is gone."
     try: yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        lost = isinstance(error, dist.DistError) or _BROKEN.search(str(error))
         if world.size == 1 or not lost: raise
         raise ConnectionError(
             f"process {world.rank} of {world.size} stops, because another one did: see what that "
             "one says. Nothing is lost; go on from the last checkpoint with --resume") from error
+
+# %% ../nbs/29_processes.ipynb #cb5a6ffe
+def _leaves(values: dict, above: str = "") -> dict[str, str]:
+    "Plain values as text, by dotted name; a long text as its beginning and its hash."
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value: found |= _leaves(value, f"{above}{name}.")
+        else:
+            text = json.dumps(value, sort_keys=True, default=str)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            found[f"{above}{name}"] = text if len(text) <= 60 else f"{text[:40]}… (hash {digest})"
+    return found
+
+
+@patch
+def agree(self: World, **values) -> None:  # plain values, and dicts of them, by name
+    "Nothing where these are the same on all processes; else ValueError, on each of them."
+    rows = self.gather([_leaves(values)])
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        there = [row.get(name, "nothing") for row in rows]
+        if len(set(there)) > 1: lines.append(f"{name}: " + "; ".join(
+            f"{value} in process {', '.join(str(r) for r, v in enumerate(there) if v == value)}"
+            for value in dict.fromkeys(there)))
+    if lines: raise ValueError("\n".join(
+        ["the processes do not belong to one run: give each the same command, code and data", *lines]))
 
 # %% ../nbs/29_processes.ipynb #796d252e
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 "Checkpoints under fault: kills, full disks, damage, malice, wrong paths and wrong networks."
-import errno, hashlib, io, json, math, os, random, shutil, signal, subprocess, sys
+import errno, hashlib, json, math, os, random, shutil, signal, subprocess, sys
 import textwrap, threading, time, warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -10,18 +10,27 @@ import torch
 from torch import nn
 
 import diffusion_model.checkpoint as module
-from diffusion_model.checkpoint import (Checkpoint, CheckpointError, find_checkpoint,
-                                        list_checkpoints, load_checkpoint, load_network,
-                                        load_weights, prune_checkpoints, save_checkpoint,
-                                        wait_for_checkpoints)
+from diffusion_model.checkpoint import (CheckpointError, find_checkpoint,
+                                        list_checkpoints, load_checkpoint, load_weights,
+                                        prune_checkpoints, save_checkpoint, wait_for_checkpoints)
 from diffusion_model.config import config_diff, load_config
 from diffusion_model.ema import EMA
 from diffusion_model.optimizer import create_optimizer
-from diffusion_model.unet import create_unet
 
 FILES = ["model.safetensors", "ema.safetensors", "trainer.pt", "config.yaml", "manifest.json"]
 TINY = {"model.base_channels": 8, "model.norm_groups": 4, "model.channel_multipliers": "1",
         "model.num_res_blocks": 1, "model.attention_resolutions": "[]", "data.image_size": 8}
+
+
+class Tiny(nn.Module):
+    "As wide as the config says; with enough parts to be told from another width."
+    def __init__(self, config):
+        super().__init__()
+        width = config.model.base_channels
+        self.conv_in, self.conv_out = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 1)
+        self.body = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(12)))
+
+    def forward(self, x, time, cond=None): return self.conv_out(self.body(self.conv_in(x)))
 
 
 class Run:
@@ -29,7 +38,7 @@ class Run:
     def __init__(self, root, **fields):
         self.root, self.config = Path(root)/"run", load_config("default", {**TINY, **fields})
         torch.manual_seed(0)
-        self.network = create_unet(self.config)
+        self.network = Tiny(self.config)
         self.ema = EMA(self.network)
         self.optimizer = create_optimizer(self.config.training, self.network)
         self.network(torch.randn(1, 3, 8, 8), torch.zeros(1)).sum().backward()
@@ -95,23 +104,77 @@ def test_round_trip(run):
 
 
 def test_without_ema_optimizer_or_classes(run):
-    save_checkpoint(run.root, 0, run.network.state_dict(), None, None, run.config)
+    path = save_checkpoint(run.root, 0, run.network.state_dict(), None, None, run.config)
+    assert sorted(os.listdir(path)) == ["config.yaml", "manifest.json", "model.safetensors"]
     found = load_checkpoint(run.root)
-    assert (found.step, found.ema, found.classes) == (0, None, None)
-    assert found.trainer == {"optimizer": None}
-    network, config = load_network(run.root)
-    assert torch.equal(network.conv_in.weight, run.network.conv_in.weight) and not network.training
+    assert (found.step, found.ema, found.classes, found.network_name) == (0, None, None, None)
+    assert torch.equal(found.model["conv_in.weight"], run.network.conv_in.weight)
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_load_network(run, ema):
+def test_a_model_without_anything_to_resume_from_says_so(run):
+    path = save_checkpoint(run.root, 0, run.network, run.ema, None, run.config)
+    with pytest.raises(CheckpointError,
+                       match="step_00000000 holds weights alone.*no trainer.pt to resume"):
+        load_checkpoint(path).trainer
     run.save(1)
-    network, config = load_network(run.root, ema=ema)
-    want = (run.ema.network if ema else run.network).state_dict()
-    assert config == run.config and not network.training
+    assert load_checkpoint(run.root).trainer["optimizer"]["state"]
+
+
+def test_extra_alone_is_worth_a_trainer_file(run):
+    save_checkpoint(run.root, 0, run.network, None, None, run.config, extra={"seen": 7})
+    assert load_checkpoint(run.root).trainer == {"seen": 7, "optimizer": None}
+
+
+def test_further_networks_by_name(run):
+    decoder = nn.Linear(2, 3)
+    path = save_checkpoint(run.root, 4, {"model": run.network, "decoder": decoder.state_dict()},
+                           {"ema": run.ema, "ema_0.9": run.ema}, run.optimizer, run.config)
+    wait_for_checkpoints()
+    assert sorted(os.listdir(path)) == sorted([*FILES, "decoder.safetensors",
+                                               "ema_0.9.safetensors"])
+    found = load_checkpoint(run.root)
+    assert list(found.networks) == ["model", "decoder"] and list(found.emas) == ["ema", "ema_0.9"]
+    assert torch.equal(found.weights("decoder")["weight"], decoder.weight)
+    assert found.weights("decoder") is found.networks["decoder"] and found.weights() is found.model
+    assert found.weights("ema_0.9").keys() == run.network.state_dict().keys()
+    with pytest.raises(CheckpointError, match="no 'encoder'; it has model, decoder, ema, ema_0.9"):
+        found.weights("encoder")
+    flip(path/"decoder.safetensors")
+    with pytest.raises(CheckpointError, match="decoder.safetensors"): load_checkpoint(path)
+
+
+@pytest.mark.parametrize("names", [["decoder"], ["model", "ema"], ["model", "ema_x"],
+                                   ["model", "a/b"],
+                                   ["model", "../x"], ["model", ""], ["model", "1"]])
+def test_names_of_networks(run, names):
+    with pytest.raises(ValueError, match="the main one is 'model'"):
+        save_checkpoint(run.root, 1, {n: run.network for n in names}, None, None, run.config)
+    assert not run.root.exists()
+
+
+def test_a_network_of_the_users_own_leaves_its_name(run):
+    run.save(1, network_name="Mine")
+    assert load_checkpoint(run.root).network_name == "Mine"
+    run.save(2)
+    assert load_checkpoint(run.root).network_name is None
+
+
+def test_an_older_version_is_told_to_upgrade_only_where_it_must(run):
+    "What 0.1.0 can read has its format, 1; what it cannot has a later one."
+    form = lambda path: json.loads((path/"manifest.json").read_text())["format"]
+    assert form(run.save(1, network_name="Mine")) == 1
+    assert form(save_checkpoint(run.root, 2, run.network, run.ema, None, run.config)) == 2
+    assert form(save_checkpoint(run.root, 3, {"model": run.network, "x": run.network}, run.ema,
+                                run.optimizer, run.config)) == 2
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_weights_into_a_network(run, name):
+    run.save(1)
+    network, want = Tiny(run.config), (run.network if name == "model"
+                                       else run.ema.network).state_dict()
+    load_weights(network, load_checkpoint(run.root).weights(name))
     for k, v in network.state_dict().items(): assert torch.equal(v, want[k])
-    again, _ = load_network(load_checkpoint(run.root), ema=ema)
-    assert torch.equal(again.conv_in.weight, network.conv_in.weight)
 
 
 def test_parts_are_read_only_when_asked_for(run):
@@ -432,7 +495,7 @@ def test_prefixes_are_dropped_on_both_sides(run, tmp_path):
                         run.config)
         assert load_checkpoint(tmp_path/prefix).model.keys() == state.keys()
     wrapped = nn.Module()
-    wrapped.module = create_unet(run.config)
+    wrapped.module = Tiny(run.config)
     load_weights(wrapped, state)
     assert torch.equal(wrapped.module.conv_in.weight, run.network.conv_in.weight)
 
@@ -448,7 +511,7 @@ def test_another_architecture_names_keys_shapes_and_settings(run, tmp_path):
     found = load_checkpoint(run.root)
     wide = load_config("default", {**TINY, "model.base_channels": 16})
     with pytest.raises(CheckpointError) as caught:
-        load_weights(create_unet(wide), found.model, found.path, config_diff(found.config, wide))
+        load_weights(Tiny(wide), found.model, found.path, config_diff(found.config, wide))
     text = str(caught.value)
     for part in (str(found.path), "more shapes",
                  "conv_in.weight: (8, 3, 3, 3) in the checkpoint, (16, 3, 3, 3) here",
@@ -590,11 +653,9 @@ def test_several_averages(run):
     found = load_checkpoint(path)
     assert list(found.emas) == ["ema", "ema_0.999", "ema_x"]
     assert found.ema.keys() == run.network.state_dict().keys()
-    for name, average in (("ema", run.ema), ("ema_0.999", more), (True, run.ema)):
-        network, _ = load_network(path, ema=name)
-        assert torch.equal(network.conv_in.weight, average.network.conv_in.weight)
-    with pytest.raises(CheckpointError, match="no average 'ema_0.9'; it has ema, ema_0.999, ema_x"):
-        load_network(path, ema="ema_0.9")
+    for name, average in (("ema", run.ema), ("ema_0.999", more)):
+        assert torch.equal(found.emas[name]["conv_in.weight"], average.network.conv_in.weight)
+    assert torch.equal(found.ema["conv_in.weight"], run.ema.network.conv_in.weight)
     flip(path/"ema_0.999.safetensors")
     with pytest.raises(CheckpointError, match="ema_0.999.safetensors"): load_checkpoint(path)
 
@@ -604,15 +665,15 @@ def test_averages_are_read_only_when_asked_for(run):
     found = load_checkpoint(path)
     (path/"ema_0.9.safetensors").unlink()
     assert found.ema is not None and found.emas.get("other") is None
-    with pytest.raises(FileNotFoundError): found.emas["ema_0.9"]
+    with pytest.raises(CheckpointError, match="ema_0.9.safetensors cannot be read"):
+        found.emas["ema_0.9"]
 
 
 def test_no_average(run):
     for step, none in enumerate((None, {})):
         found = load_checkpoint(run.save(step, ema=none))
         assert found.ema is None and dict(found.emas) == {}
-    with pytest.raises(CheckpointError, match="it has none, and the trained"):
-        load_network(found, ema="ema")
+    with pytest.raises(CheckpointError, match="has no 'ema'; it has model"): found.weights("ema")
 
 
 @pytest.mark.parametrize("names", [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"],
@@ -620,7 +681,7 @@ def test_no_average(run):
 def test_names_of_averages(run, names):
     with pytest.raises(ValueError, match="the main one is 'ema'"):
         run.save(1, ema={n: run.ema for n in names})
-    assert run.names() == []
+    assert not run.root.exists()
 
 
 # -- what goes on while training does
@@ -805,56 +866,3 @@ def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
     training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}),
                      callbacks=[log]).resume(OLD)
     assert log.state == {"losses": [0.9, 0.7], "skipped": 0}
-
-
-def test_a_run_of_0_1_0_samples():
-    from diffusion_model.denoiser import create_denoiser
-    from diffusion_model.sampler import create_sampler
-    network, config = load_network(OLD)
-    states = create_sampler(config.sampling, -1, 1)(
-        create_denoiser(config.diffusion, network), (2, 3, 8, 8), cond=torch.tensor([0, 1]), seed=0)
-    *_, last = states
-    assert last.x.shape == (2, 3, 8, 8) and last.x.isfinite().all()
-
-
-def test_renamed_fields_are_told_and_unknown_ones_name_the_version(run, monkeypatch):
-    path = run.save(1)
-    text = (path/"config.yaml").read_text().replace("learning_rate:", "lr:")
-    (path/"config.yaml").write_text(text)
-    manifest = json.loads((path/"manifest.json").read_text())
-    with pytest.raises(CheckpointError,
-                       match="(?s)config.yaml was written by version .*no such field"):
-        Checkpoint(path, manifest).config
-    monkeypatch.setattr("diffusion_model.config.MIGRATIONS",
-                        {"training.lr": ("training.learning_rate", "said in full")})
-    found = Checkpoint(path, manifest)
-    assert found.config == run.config and len(found.notes) == 1 and "said in full" in found.notes[0]
-
-
-# -- fault 26: devices
-
-@pytest.mark.fault(26)
-def test_storages_from_another_device_load_on_the_cpu(run, monkeypatch):
-    "A file whose tensors say that they lived on `cuda:0`."
-    path, buffer = run.save(1), io.BytesIO()
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
-    torch.save({"optimizer": None, "x": torch.arange(4)}, buffer)
-    monkeypatch.undo()
-    assert b"cuda:0" in buffer.getvalue()
-    (path/"trainer.pt").write_bytes(buffer.getvalue())
-    found = Checkpoint(path, json.loads((path/"manifest.json").read_text()), "cpu")
-    assert found.trainer["x"].tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_saved_on_a_gpu_loaded_on_the_cpu(tmp_path):
-    run = Run(tmp_path)
-    network = run.network.cuda()
-    ema, optimizer = EMA(network), create_optimizer(run.config.training, network)
-    network(torch.randn(1, 3, 8, 8).cuda(), torch.zeros(1).cuda()).sum().backward()
-    optimizer.step()
-    save_checkpoint(run.root, 1, network, ema, optimizer, run.config)
-    found = load_checkpoint(run.root)
-    assert found.model["conv_in.weight"].device.type == "cpu"
-    assert found.trainer["optimizer"]["state"][0]["exp_avg"].device.type == "cpu"
-    assert load_checkpoint(run.root, "cuda").model["conv_in.weight"].device.type == "cuda"

@@ -1,11 +1,19 @@
 "Config files, overrides and what is said when they are wrong."
+import json, subprocess, sys, typing
+from types import SimpleNamespace
+from typing import Literal
+
 import pytest
 import yaml
+from pydantic import BaseModel, Field
 
 import diffusion_model.config as module
-from diffusion_model.config import (MIGRATIONS, SECTIONS, Config, ConfigError, config_diff,
-                                    config_help, find_config, list_configs, load_config,
-                                    load_saved_config, migrate_config, save_config)
+from diffusion_model.config import (MIGRATIONS, PRECEDENCE, REGISTRIES, SECTIONS, SOLVER_OPTIONS,
+                                    Config, ConfigError, config_diff, config_help,
+                                    find_config, list_configs, load_config,
+                                    load_saved_config, migrate_config, parse_overrides, save_config,
+                                    solver_options)
+from diffusion_model.networks import NETWORKS, Network
 
 
 def lines(name="default", overrides=()):
@@ -103,6 +111,11 @@ def test_the_last_override_wins():
     (["--guidance_interval", "[2]"], "guidance_interval: found"),
     (["--schedule", "flow", "--prediction", "v", "--spacing", "leading"], "choose 'trailing'"),
     (["--timesteps", "20", "--steps", "10"], "at least 21"),
+    (["--beta_start", "0.03"], "above beta_end 0.02: swap them"),
+    (["--accumulation", "129"], "at most training.batch_size = 128"),
+    (["--guidance_scale", "2", "--num_classes", "10", "--label_dropout", "0"],
+     "training.label_dropout > 0"),
+    (["--dataset", "shapes", "--num_classes", "10"], "shapes has 8 classes: choose 8, or 0"),
     (["--timesteps", "30", "--steps", "40"], "at most diffusion.timesteps = 30"),
     (["--eta", "0.5", "--solver", "euler"], "only 'ddim' has it"),
     (["--num_classes", "7"], "CIFAR10 has 10 classes"),
@@ -159,8 +172,269 @@ def test_difference():
 
 def test_help_names_every_field():
     text = config_help()
-    for section, cls in Config.model_fields.items():
-        for field in cls.annotation.model_fields: assert f"--{section}.{field}" in text
+    for section, cls in SECTIONS.items():
+        assert f"\n{section}: {cls.__doc__}\n" in text
+        for name, field in cls.model_fields.items():
+            assert f"  --{section}.{name}  [" in text and f"      {field.description}; " in text
+    assert "--training.learning_rate  [0.0002]\n      peak; a number > 0\n" in text
+
+
+# -- short names
+
+#: What each short name means. A new field may not take one of these; add a line for a new field.
+SHORT = {
+    "training": "objective max_steps epochs batch_size accumulation ema_decay ema_sigma_rel ema_more label_dropout seed device "
+                "precision channels_last compile patience learning_rate optimizer beta1 beta2 weight_decay lr_schedule "
+                "warmup_steps lr_step_size lr_gamma min_lr_ratio max_grad_norm",
+    "data": "dataset root download space image_size channels crop horizontal_flip mean std background bad_images if_changed "
+            "validation_fraction train_size validation_size test_size data_seed num_workers",
+    "sampling": "solver steps spacing eta churn churn_min churn_max churn_noise guidance_scale guidance_rescale "
+                "guidance_interval clip_x0 dynamic_threshold num_samples sample_batch_size",
+    "diffusion": "schedule timesteps beta_start beta_end betas zero_terminal_snr sigma_min sigma_max prediction sigma_data "
+                 "timestep_sampling timestep_mean timestep_std loss_weighting min_snr_gamma sigmoid_bias",
+    "logging": "output_dir log_every validate_every sample_every checkpoint_every keep_checkpoints keep_best trackers callbacks "
+               "project progress",
+    "model": "name base_channels channel_multipliers num_res_blocks attention_resolutions attention_head_dim dropout "
+             "norm_groups num_classes patch_size"}
+
+
+def home(name):
+    "The section that a short name leads to."
+    values, errors = parse_overrides([f"--{name}=1"])
+    assert not errors, errors
+    return next(iter(values))
+
+
+def test_short_names_keep_their_meaning():
+    "Frozen: scripts use them. This is the whole list, so that a new field is added to it deliberately."
+    names = {name: section for section, words in SHORT.items() for name in words.split()}
+    assert {name: home(name) for name in names} == names
+    assert set(names) == {f for cls in SECTIONS.values() for f in cls.model_fields}
+
+
+def test_a_new_section_or_network_takes_no_short_name(monkeypatch):
+    class Later(BaseModel):
+        dropout: float = 0.
+        latents: int = 1
+    class Toy(BaseModel):
+        name: str = "toy"
+        batch_size: int = 1
+        dropout: float = 0.
+    monkeypatch.setattr(module, "SECTIONS", {"later": Later} | SECTIONS)
+    assert home("dropout") == "model" and home("latents") == "later"
+    assert config_help().count("(long form only)") == 1
+    assert "--later.dropout (long form only)" in config_help()
+    monkeypatch.setitem(NETWORKS, "toy", Network(Toy, None))
+    assert parse_overrides(["--batch_size", "2", "--dropout", "0.5", "--model.batch_size=3"],
+                           "toy") == (
+        {"training": {"batch_size": 2}, "model": {"dropout": 0.5, "batch_size": 3}}, [])
+    assert set(PRECEDENCE) == set(Config.model_fields)
+
+
+# -- registries
+
+TIE = """
+import importlib, json, sys
+from diffusion_model.config import REGISTRIES
+for r in REGISTRIES.values(): importlib.import_module(f"diffusion_model.{r.module}")
+from diffusion_model.sampler import SOLVERS
+tables = {n: list(getattr(sys.modules[f"diffusion_model.{r.module}"], r.table)) for n, r in REGISTRIES.items()}
+print(json.dumps([tables, {n: list(s.options) for n, s in SOLVERS.items()}]))
+"""
+
+
+def test_shipped_names_are_the_registries():
+    "In a fresh process, where nobody has registered anything."
+    done = subprocess.run([sys.executable, "-c", TIE], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    tables, options = json.loads(done.stdout)
+    assert {n: sorted(names)
+            for n, names in tables.items()} == {n: sorted(r.shipped) for n, r in REGISTRIES.items()}
+    assert {n: tuple(o) for n, o in options.items() if o} == SOLVER_OPTIONS
+
+
+def literals(kind):
+    "Every Literal in a type."
+    if typing.get_origin(kind) is Literal: return [typing.get_args(kind)]
+    return [found for part in typing.get_args(kind) for found in literals(part)]
+
+
+def test_literals_are_what_their_readers_know():
+    "No field is a list of names that somebody else keeps, too, except for these; and these agree."
+    found = {f"{s}.{f}": x for s, c in SECTIONS.items() for f, field in c.model_fields.items()
+             for x in literals(field.annotation)}
+    assert found == {"model.name": ("unet",), "data.channels": (1, 3),
+                     "data.crop": ("center", "random", "none"),
+                     "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
+                     "training.precision": ("fp32", "bf16", "fp16")}
+    assert set(found["model.name"]) == {n for n, network in NETWORKS.items()
+                                        if network.config is SECTIONS["model"]}
+
+
+def test_every_registry_is_that_of_a_field():
+    for name, registry in REGISTRIES.items():
+        section, field = name.split(".")
+        assert registry in metadata(SECTIONS[section].__annotations__.get(field)
+                                    or inherited(SECTIONS[section], field)), name
+        default = SECTIONS[section].model_fields[field].get_default()
+        assert set([default] if isinstance(default, str) else default) <= set(registry.shipped)
+
+
+def inherited(cls, field):
+    return next(c.__annotations__[field] for c in cls.__mro__
+                if field in vars(c).get("__annotations__", {}))
+
+
+def metadata(kind):
+    return list(getattr(kind, "__metadata__", ())) + [m for part in typing.get_args(kind)
+                                                      for m in metadata(part)]
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_what_is_registered_is_accepted_and_listed(name, monkeypatch, write):
+    "By file, command line and Python; in the words of an error, and in the help. Before, and after, it is not."
+    registry, (section, field) = REGISTRIES[name], name.split(".")
+    many = isinstance(SECTIONS[section].model_fields[field].get_default(), list)
+    value = ["toy"] if many else "toy"
+    assert any(f"{name}: found 'toy'; allowed: " in line
+               for line in lines("default", [f"--{name}", "toy"]))
+    table = dict.fromkeys([*registry.shipped, "toy"], SimpleNamespace(options=()))
+    monkeypatch.setitem(sys.modules, f"diffusion_model.{registry.module}",
+                        SimpleNamespace(**{registry.table: table}))
+    for cfg in (load_config("default", [f"--{name}", "toy"]), load_config("default", {name: value}),
+                load_config(write(f"{section}: {{{field}: {json.dumps(value)}}}"))):
+        assert getattr(getattr(cfg, section), field) == value
+    said = next(line for line in lines("default", [f"--{name}", "tyo"]) if line.startswith(name))
+    assert said.endswith(", ".join([*registry.shipped, "toy"])), said
+    assert ", ".join([*registry.shipped, "toy"]) in config_help()
+    setattr(sections := cfg.model_copy(deep=True), section, getattr(cfg, section))
+    with pytest.raises(ValueError, match="toy"):
+        setattr(getattr(sections, section), field, ["tyo"] if many else "tyo")
+
+
+def test_a_solver_brings_its_options(monkeypatch):
+    assert solver_options("ddim") == ("eta",) and solver_options("edm") == ("churn",)
+    assert solver_options("euler") == ()
+    solvers = {"ddim": SimpleNamespace(options=("eta",)),
+               "toy": SimpleNamespace(options=("eta", "churn")), "edm": SimpleNamespace(options=()),
+               "euler": SimpleNamespace(options=())}
+    monkeypatch.setitem(sys.modules, "diffusion_model.sampler", SimpleNamespace(SOLVERS=solvers))
+    cfg = load_config("default", ["--solver", "toy", "--eta", "0.5", "--churn", "3"])
+    assert (cfg.sampling.eta, cfg.sampling.churn) == (0.5, 3)
+    assert lines("default", ["--solver", "edm", "--churn", "3"]) == [
+        "sampling.churn: found 3.0 with solver 'edm'; only 'toy' has it"]
+    assert lines("default", ["--solver", "euler", "--eta", "0.5"]) == [
+        "sampling.eta: found 0.5 with solver 'euler'; only 'ddim' and 'toy' have it"]
+
+
+def test_a_registered_schedule_judges_its_own_steps(monkeypatch):
+    table = dict.fromkeys([*REGISTRIES["diffusion.schedule"].shipped, "toy"])
+    monkeypatch.setitem(sys.modules, "diffusion_model.scheduler", SimpleNamespace(SCHEDULES=table))
+    load_config("default", {"schedule": "toy", "steps": 2000, "spacing": "leading",
+                            "prediction": "x0", "loss_weighting": "edm"})
+
+
+# -- networks
+
+class ToyConfig(BaseModel):
+    "A toy."
+    name: Literal["toy"] = "toy"
+    width: int = Field(4, ge=1, description="how wide")
+    dropout: float = 0.5
+
+    def check(self, shape):
+        return [f"model.width: found {self.width} for {shape}"] if self.width > 99 else []
+
+
+@pytest.fixture
+def toy(monkeypatch): monkeypatch.setitem(NETWORKS, "toy", Network(ToyConfig, None))
+
+
+def test_a_network_of_ones_own(toy, write, tmp_path):
+    "Named in a file or on the command line, its section is its own; fields of the U-Net fall away."
+    cfg = load_config("default", ["--width", "8", "--model.name", "toy", "--channels", "1"])
+    assert cfg.model == ToyConfig(width=8) and cfg.model.dropout == 0.5  # not the U-Net's 0.1
+    assert load_config(write("model: {name: toy, width: 8}\ndata: {channels: 1}")) == cfg
+    assert load_config(write("base: default\nmodel: {name: toy, width: 8}\ndata: {channels: 1}")) == cfg
+    assert load_config(save_config(cfg, tmp_path/"c.yaml")) == cfg
+    assert load_saved_config(save_config(cfg, tmp_path/"c.yaml"),
+                             ["--width", "9"])[0].model.width == 9
+    assert config_diff(load_config("default"), cfg)["model.base_channels"] == (128, None)
+    assert config_diff(load_config("default"), cfg)["model.width"] == (None, 8)
+    assert Config(model={"name": "toy", "width": 3}).model == ToyConfig(width=3)
+    assert Config(model=ToyConfig(width=3)).model_dump()["model"] == {"name": "toy", "width": 3,
+                                                                      "dropout": 0.5}
+    assert load_config("default", {"model.name": "unet", "dropout": 0.3}).model.base_channels == 128
+    assert "--model.width  [4]\n      how wide; a whole number >= 1" in config_help("toy")
+    assert "--model.base_channels" not in config_help("toy")
+
+
+def test_a_base_with_another_network_keeps_the_classes(monkeypatch, write):
+    class Classy(ToyConfig):
+        num_classes: int = 0
+    monkeypatch.setitem(NETWORKS, "toy", Network(Classy, None))
+    assert load_config(write("base: quickstart\nmodel: {name: toy}")).model.num_classes == 8
+    write("base: quickstart\nmodel: {name: toy, width: 7}", "a.yaml")
+    assert load_config(write("base: a.yaml\nmodel: {dropout: 0.2}")).model == Classy(width=7,
+                                                                                     dropout=0.2,
+                                                                                     num_classes=8)
+    assert load_config(write("base: a.yaml\nmodel: {name: unet}")).model.dropout == 0.1
+
+
+@pytest.mark.parametrize("words, says", [
+    ({"width": 0}, "model.width: found 0; allowed: a whole number >= 1"),
+    ({"width": "many"}, "model.width: found 'many'"),
+    ({"model.width": True}, "model.width: found True"),
+    ({"width": 100}, "model.width: found 100 for (3, 32, 32)"),
+    ({"width": 100, "channels": 1, "image_size": 16}, "model.width: found 100 for (1, 16, 16)"),
+    ({"base_channels": 8}, "base_channels: no such section or field"),
+    ({"model.widht": 8}, "model.widht: no such field; did you mean width?"),
+])
+def test_a_toy_network_is_refused_like_others(toy, words, says):
+    assert any(line.startswith(says) for line in lines("default",
+                                                       {"model.name": "toy"} | words)), words
+
+
+def test_a_network_that_is_not_registered(write):
+    "Known names, how to register one, and the other errors all the same; nothing is imported."
+    for name in ("dit", "os.path", "5"):
+        found = lines("default", ["--model.name", name, "--lerning_rate", "1", "--image_size",
+                                  "28"])
+        assert len(found) == 2 and "did you mean training.learning_rate?" in found[1]
+        for part in (f"model.name: found '{name}'", "known are unet",
+                     "from diffusion_model.networks import NETWORKS",
+                     f"NETWORKS['{name}'] = Network("):
+            assert part in found[0]
+    saved = yaml.safe_dump(old(model={"name": "dit", "depth": 12}))
+    with pytest.raises(ConfigError) as error: load_saved_config(write(saved))
+    assert len(error.value.lines) == 1 and "NETWORKS['dit']" in error.value.lines[0]
+    with pytest.raises(ValueError, match="NETWORKS"): Config(model={"name": "dit"})
+    for name in ("[1]", "null", "{a: 1}"):
+        assert "known are unet" in lines(write(f"model: {{name: {name}}}"))[0]
+
+
+def test_a_network_without_a_name_in_its_config(monkeypatch):
+    class Nameless(BaseModel):
+        width: int = 4
+    monkeypatch.setitem(NETWORKS, "toy", Network(Nameless, None))
+    assert "Nameless has no field 'name'" in lines("default", ["--model.name", "toy"])[0]
+
+
+def test_other_spaces_and_conditions_are_judged_by_others(toy, monkeypatch):
+    "Of another space only itself knows the shape; of a network without num_classes only itself what it is conditioned on."
+    monkeypatch.setitem(sys.modules, "diffusion_model.space",
+                        SimpleNamespace(SPACES={"pixels": 1, "latents": 2}))
+    load_config("default", {"space": "latents", "image_size": 28})
+    load_config("default", {"model.name": "toy", "guidance_scale": 2., "dataset": "CIFAR10"})
+    load_config("default", {"model.name": "toy", "label_dropout": 0., "guidance_scale": 2.})
+
+
+def test_loading_a_config_imports_no_registry():
+    code = ("import sys; from diffusion_model.config import *; load_config('quickstart'); config_help(); "
+            "print([m for m in sys.modules if m.startswith('diffusion_model.')])")
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.stdout.strip() == str(["diffusion_model." + m
+                                       for m in ("unet_config", "networks", "config")]), done
 
 
 def test_saved_is_plain_yaml(tmp_path):

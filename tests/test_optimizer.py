@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model.config import TrainingConfig, load_config
+from diffusion_model.config import TrainingConfig
 from diffusion_model.optimizer import (LR_SCHEDULES, OPTIMIZERS, create_optimizer, learning_rate,
                                        parameter_groups, restore_optimizer, set_learning_rate)
-from diffusion_model.unet import create_unet
 
 
 def training(**fields):
@@ -36,19 +35,48 @@ def test_every_parameter_exactly_once_and_where_it_belongs():
     decayed, spared = parameter_groups(network, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.)
     found = [names[id(p)] for g in (decayed, spared) for p in g["params"]]
-    assert sorted(found) == sorted(names.values())
+    assert sorted(found) == sorted(set(names.values()) - {"frozen"})
     assert {names[id(p)] for p in decayed["params"]} == {
-        "frozen", "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+        "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
 
 
-def test_the_unet_of_the_default_config():
-    network = create_unet(load_config("default", {
-        "model.base_channels": 32, "model.num_classes": 10, "model.channel_multipliers": "1,2"}))
-    names = {id(p): n for n, p in network.named_parameters()}
-    decayed, spared = ([names[id(p)] for p in g["params"]] for g in parameter_groups(network, 1.))
-    assert len(decayed) + len(spared) == len(names)
-    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
-    assert all(n.endswith("bias") or "norm" in n or "emb" in n or "label" in n for n in spared)
+@pytest.mark.mended(3)
+def test_what_is_frozen_is_left_alone():
+    "Only what is trained is in a group, so that every parameter of the optimizer gets a gradient."
+    network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    network[2].bias.requires_grad_(False)
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer = create_optimizer(training(), network)
+    network(torch.randn(5, 3)).square().sum().backward()
+    assert all(p.grad is not None for g in optimizer.param_groups for p in g["params"])
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters())]
+    assert moved == [p.requires_grad
+                     for p in network.parameters()] == [False, False, True, True, True, False]
+
+
+@pytest.mark.mended(3)
+def test_a_network_that_is_frozen_as_a_whole_says_so():
+    with pytest.raises(ValueError,
+                       match="Linear has no parameter to train: 2 are there, all frozen"):
+        create_optimizer(training(), nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.mended(3)
+def test_a_frozen_table_of_whole_numbers_does_not_slow_the_rest():
+    "Fused is chosen by what is trained, whatever else the network holds."
+    network = nn.Linear(2, 2)
+    network.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    assert create_optimizer(training(), network).param_groups[0]["fused"] is True
+
+
+@pytest.mark.mended(18)
+@pytest.mark.parametrize("state", [None, {}])
+def test_a_checkpoint_without_an_optimizer_is_refused_in_our_words(state):
+    with pytest.raises(ValueError,
+                       match="holds no optimizer state.*Start another run from its weights"):
+        restore_optimizer(create_optimizer(training(), nn.Linear(2, 2)), state)
 
 
 def test_a_network_without_kernels_gives_one_group():
@@ -56,7 +84,7 @@ def test_a_network_without_kernels_gives_one_group():
 
 
 def test_a_network_without_parameters_is_an_error():
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="ReLU has no parameter to train: 0 are there"):
         create_optimizer(training(), nn.ReLU())
 
 
@@ -70,8 +98,10 @@ def test_created_optimizers(name):
     if name == "sgd": assert group["momentum"] == 0.8
     else: assert tuple(group["betas"]) == (0.8, 0.95)
     reference = copy.deepcopy(network)
-    plain = OPTIMIZERS[name][0](parameter_groups(reference, 0.1), lr=0.1, foreach=False,
-                                **OPTIMIZERS[name][1](run))
+    kind, betas = {"adamw": (torch.optim.AdamW, True), "adam": (torch.optim.Adam, True),
+                   "sgd": (torch.optim.SGD, False)}[name]
+    plain = kind(parameter_groups(reference, 0.1), lr=0.1, foreach=False,
+                 **(dict(betas=(0.8, 0.95)) if betas else dict(momentum=0.8)))
     for step in range(5):
         for net, opt in ((network, optimizer), (reference, plain)):
             torch.manual_seed(step)
