@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .counters import counter_normal, counter_uniform
-from .denoiser import NO_LABEL, Pred
+from .denoiser import NO_LABEL, Cond, Pred
 from .scheduler import NoiseSchedule, expand
 
 # %% ../nbs/03_oracle.ipynb #22440d89
@@ -32,10 +32,12 @@ class GaussianMixture:
         weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
         self.log_weights = (weights/weights.sum()).to(means).log()
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
+        self.null_cond = None if labels is None else NO_LABEL
 
-    def _chunks(self, x: Tensor, t: Tensor, cond: Tensor | None):
+    def _chunks(self, x: Tensor, t: Tensor, cond: Cond):
         "For each chunk of components: their log w_k (B, k), log N(x; αμ_k, v_k) (B, k), μ, s², v."
-        alpha, sigma = (c.to(x).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))
+        alpha, sigma = (c.to(x.dtype).to(x.device).reshape(-1, 1)
+                        for c in self.schedule.alpha_sigma(t))
         flat = x.flatten(1)
         for k in range(0, len(self.means), self.chunk):
             part = slice(k, k + self.chunk)
@@ -56,7 +58,7 @@ class GaussianMixture:
     ) -> Pred:
         "Posterior means of image and noise, exactly; a softmax that streams over the components."
         alpha, sigma = self.schedule.alpha_sigma(t)
-        row = alpha.to(x).reshape(-1, 1)
+        row = alpha.to(x.dtype).to(x.device).reshape(-1, 1)
         top = torch.full((len(x), 1), -torch.inf, dtype=x.dtype, device=x.device)
         total = shrink = mean = 0.
         for log_w, log_n, means, variance, v in self._chunks(x, t, cond):

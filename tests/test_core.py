@@ -13,7 +13,7 @@ from diffusion_model.counters import counter_normal
 from diffusion_model.denoiser import (PREDICTIONS, WEIGHTINGS, Denoiser, Pred, clamped, diffusion_loss, loss_weight,
                                       thresholded)
 from diffusion_model.editing import image_to_image, inpaint, interpolate, invert, slerp
-from diffusion_model.guidance import drop_labels, guided
+from diffusion_model.guidance import drop_cond, guided
 from diffusion_model.oracle import GaussianMixture
 from diffusion_model.sampler import (SOLVERS, Churn, create_sampler, ddim_step, renoise, sample, sample_iter, solve)
 from diffusion_model.scheduler import (SPACINGS, TIMESTEPS, FlowSchedule, VESchedule, VPSchedule, cosine_betas,
@@ -160,7 +160,7 @@ def test_zero_terminal_snr():
     with pytest.raises(ValueError, match="at least 2"): VPSchedule([0.1], zero_terminal=True)
     x = torch.randn(4, 3, **f64)
     for prediction in ("v", "x0", "flow", "edm"):
-        pred = Denoiser(lambda x, t: 0.3*x, ZERO, prediction)(x, torch.tensor(999))
+        pred = Denoiser(lambda x, t, cond: 0.3*x, ZERO, prediction)(x, torch.tensor(999))
         assert pred.x0.isfinite().all() and pred.eps.isfinite().all()
 
 
@@ -190,7 +190,7 @@ def test_round_trip(name, prediction):
     x0, e = torch.randn(2, 5, 3, **f64)
     t = torch.tensor([0, 100, 300, 600, 900]) if schedule.T else torch.linspace(0.05, 0.95, 5)
     denoiser = Denoiser(None, schedule, prediction)
-    denoiser.network = lambda x, time: denoiser.target(x0, e, t)
+    denoiser.network = lambda x, time, cond: denoiser.target(x0, e, t)
     pred = denoiser(schedule.add_noise(x0, e, t), t)
     assert torch.allclose(pred.x0, x0, atol=1e-10) and torch.allclose(pred.eps, e, atol=1e-10)
     assert not diffusion_loss(denoiser, x0, e, t).any()
@@ -208,7 +208,7 @@ def test_weighted_losses_are_one_number(weighting):
          "sigmoid": snr/(1 + snr*math.exp(-2))}[weighting]
     for prediction in PREDICTIONS:
         denoiser = Denoiser(None, COSINE, prediction)
-        denoiser.network = lambda x, time: denoiser.target(wrong, lie, t)
+        denoiser.network = lambda x, time, cond: denoiser.target(wrong, lie, t)
         loss = diffusion_loss(denoiser, x0, e, t, weighting=weighting)
         assert torch.allclose(loss, w*(wrong - x0).square().mean(1), rtol=1e-8)
 
@@ -229,7 +229,7 @@ def test_edm_is_minus_v_and_has_weight_one():
 def test_inputs_of_ve_are_scaled(prediction):
     "80 times the noise must not reach the network as 80."
     seen = []
-    denoiser = Denoiser(lambda x, t: seen.append((x, t)) or 0*x, VE, prediction)
+    denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
     denoiser(80*torch.randn(500, 3), torch.tensor(80.))
     assert abs(seen[0][0].std() - 1) < 0.1 and abs(seen[0][1][0] - 1000) < 1e-2
 
@@ -241,7 +241,7 @@ def test_weighting_refused():
 
 def test_thresholding():
     wide = torch.linspace(-3, 3, 101, **f64).repeat(2, 1)
-    far = Denoiser(lambda x, t: wide, COSINE, "x0")
+    far = Denoiser(lambda x, t, cond: wide, COSINE, "x0")
     x, t = torch.randn(2, 101, **f64), torch.tensor([100, 900])
     for share in (1., 0.8, 0.5):
         pred = thresholded(far, share)(x, t)
@@ -249,14 +249,14 @@ def test_thresholding():
         assert torch.allclose(pred.x0, (wide/limit).clamp(-1, 1))
         alpha, sigma = (c[:, None] for c in COSINE.alpha_sigma(t))
         assert torch.allclose(alpha*pred.x0 + sigma*pred.eps, x, atol=1e-12)
-    inside = Denoiser(lambda x, t: wide/4, COSINE, "x0")
+    inside = Denoiser(lambda x, t, cond: wide/4, COSINE, "x0")
     assert torch.allclose(thresholded(inside)(x, t).x0, wide/4)  # nothing to do
     grey = thresholded(far, 1., low=0., high=1.)(x, t).x0
     assert grey.min() == 0 and abs(grey.max() - 6/7) < 1e-12  # -3 … 3 is at most 3.5 from the middle, 7 half ranges
 
 
 def test_clamp_rederives_noise():
-    far = Denoiser(lambda x, t: 9*torch.ones_like(x), COSINE, "x0")
+    far = Denoiser(lambda x, t, cond: 9*torch.ones_like(x), COSINE, "x0")
     x, t = torch.randn(3, 2, **f64), torch.tensor([100, 500, 900])
     pred = clamped(far)(x, t)
     alpha, sigma = (c[:, None] for c in COSINE.alpha_sigma(t))
@@ -398,7 +398,7 @@ def test_churn_stays_inside_its_limits(name):
 @pytest.mark.parametrize("prediction, total", [("eps", 172.0066), ("v", 52.5302)])
 def test_golden(prediction, total):
     start = (torch.arange(768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)/768).float()
-    network = lambda x, t: x*(t/(t + 1)).view(-1, 1, 1, 1)
+    network = lambda x, t, cond: x*(t/(t + 1)).view(-1, 1, 1, 1)
     denoiser = Denoiser(None, LINEAR, prediction)
     denoiser.network = network
     out = sample(denoiser, start.shape, 10, solver="ddim", spacing="leading", noise=start)
@@ -471,7 +471,7 @@ def test_states_are_told():
 
 def test_the_network_is_put_back_to_training():
     class Net(torch.nn.Module):
-        def forward(self, x, t):
+        def forward(self, x, t, cond):
             assert not self.training and not torch.is_grad_enabled()
             return x
     denoiser = Denoiser(Net(), COSINE, "v").train()
@@ -489,7 +489,7 @@ def test_guidance_is_one_call():
     calls = []
     oracle = GaussianMixture(COSINE, torch.eye(3), std=0.1, labels=torch.arange(3))
     def counted(x, t, y): calls.append(len(x)); return oracle(x, t, y)
-    counted.schedule, counted.num_classes = COSINE, 3
+    counted.schedule, counted.num_classes, counted.null_cond = COSINE, 3, -1
     x, t, y = torch.randn(2, 3), torch.tensor(500), torch.tensor([0, 2])
     assert guided(counted, 1.) is counted
     pred = guided(counted, 3.)(x, t, y)
@@ -554,9 +554,11 @@ def test_guidance_refused(rescale, interval, says):
     with pytest.raises(ValueError, match=says): guided(LABELLED, 2., rescale, interval)
 
 
-def test_guidance_needs_labels():
-    with pytest.raises(ValueError, match="guidance_scale: found 2, and no labels"):
+def test_guidance_needs_a_condition():
+    with pytest.raises(ValueError, match="guidance_scale: found 2 with an unconditional denoiser"):
         sample(guided(GaussianMixture(COSINE, torch.zeros(1, 2)), 2.), (1, 2))
+    with pytest.raises(ValueError, match="guidance_scale: found 2, and no condition: pass cond"):
+        guided(LABELLED, 2.)(torch.zeros(1, 3, **f64), torch.tensor(500))
 
 
 def test_guidance_in_an_interval_for_a_batch_of_times():
@@ -577,7 +579,7 @@ def test_rescale_keeps_contrast():
 
 
 def test_labels_are_hidden_one_by_one():
-    y = drop_labels(torch.arange(1000), torch.linspace(0, 0.999, 1000), 0.25)
+    y = drop_cond(torch.arange(1000), torch.linspace(0, 0.999, 1000), 0.25, -1)
     assert (y[:250] == -1).all() and torch.equal(y[250:], torch.arange(250, 1000))
 
 
@@ -634,7 +636,7 @@ def test_waiting_is_noticed(wait):
 
 
 class OnMeta(torch.nn.Module):
-    num_classes = 3
+    num_classes, null_cond = 3, -1
     def __init__(self): super().__init__(); self.layer = torch.nn.Linear(4, 4, device="meta")
     def forward(self, x, t, y): return self.layer(x)*t[:, None]
 
@@ -704,7 +706,7 @@ def test_every_combination(name, prediction, solver, spacing, steps, seed, stoch
     truth = GaussianMixture(schedule, torch.tensor([[0.4, -0.2], [-0.5, 0.3]], **f64), std=0.1)
     denoiser, answers = Denoiser(None, schedule, prediction), []
 
-    def network(x, time):  # answers in its own language what the truth would be
+    def network(x, time, cond):  # answers in its own language what the truth would be
         t = answers[-1]
         alpha, sigma, p, q = denoiser.coefs(t)
         scale = (sigma**2 + (alpha/2)**2).sqrt() if prediction == "edm" or schedule.scales_input else 1.
