@@ -13,7 +13,7 @@ from diffusion_model.counters import counter_normal
 from diffusion_model.denoiser import (PREDICTIONS, WEIGHTINGS, Denoiser, clamped, diffusion_loss,
                                       loss_weight, thresholded)
 from diffusion_model.editing import image_to_image, inpaint, interpolate, invert, slerp
-from diffusion_model.guidance import drop_labels, guided
+from diffusion_model.guidance import drop_cond, guided
 from diffusion_model.oracle import GaussianMixture
 from diffusion_model.sampler import (SOLVERS, Churn, create_sampler, ddim_step, renoise, sample,
                                      sample_iter, solve)
@@ -522,7 +522,7 @@ def test_guidance_is_one_call():
     def counted(x, t, y):
         calls.append(len(x))
         return oracle(x, t, y)
-    counted.schedule, counted.num_classes = COSINE, 3
+    counted.schedule, counted.num_classes, counted.null_cond = COSINE, 3, -1
     x, t, y = torch.randn(2, 3), torch.tensor(500), torch.tensor([0, 2])
     assert guided(counted, 1.) is counted
     pred = guided(counted, 3.)(x, t, y)
@@ -597,9 +597,11 @@ def test_guidance_refused(rescale, interval, says):
     with pytest.raises(ValueError, match=says): guided(LABELLED, 2., rescale, interval)
 
 
-def test_guidance_needs_labels():
-    with pytest.raises(ValueError, match="guidance_scale: found 2, and no labels"):
+def test_guidance_needs_a_condition():
+    with pytest.raises(ValueError, match="guidance_scale: found 2 with an unconditional denoiser"):
         sample(guided(GaussianMixture(COSINE, torch.zeros(1, 2)), 2.), (1, 2))
+    with pytest.raises(ValueError, match="guidance_scale: found 2, and no condition: pass cond"):
+        guided(LABELLED, 2.)(torch.zeros(1, 3, **f64), torch.tensor(500))
 
 
 def test_guidance_in_an_interval_for_a_batch_of_times():
@@ -620,7 +622,7 @@ def test_rescale_keeps_contrast():
 
 
 def test_labels_are_hidden_one_by_one():
-    y = drop_labels(torch.arange(1000), torch.linspace(0, 0.999, 1000), 0.25)
+    y = drop_cond(torch.arange(1000), torch.linspace(0, 0.999, 1000), 0.25, -1)
     assert (y[:250] == -1).all() and torch.equal(y[250:], torch.arange(250, 1000))
 
 
@@ -680,7 +682,7 @@ def test_waiting_is_noticed(wait):
 
 
 class OnMeta(torch.nn.Module):
-    num_classes = 3
+    num_classes, null_cond = 3, -1
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(4, 4, device="meta")
