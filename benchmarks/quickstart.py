@@ -49,7 +49,8 @@ def main(run="outputs/quickstart", n=256):
     *_, last = states(create_denoiser(cfg.diffusion, network), (n, *x.shape[1:]), cond=y, seed=1)
     seconds = time.perf_counter() - start
     right = judge(last.x).argmax(1) == y
-    print(f"of {n} generated images, given the class they were asked for: {right.float().mean():.2%} "
+    print(f"of {n} generated images, given the class they were asked for: "
+          f"{right.float().mean():.2%} "
           f"({seconds:.0f} s for all)")
     for k, name in enumerate(sets.classes): print(f"  {name:10} {right[y == k].float().mean():.0%}")
 
