@@ -151,15 +151,35 @@ class Batch(NamedTuple):
     positions: Tensor             # int64 (B,)
 
     def to(self, device) -> "Batch":
-        "On another device; without waiting for it, where the memory is pinned."
-        images = self.images.to(device, non_blocking=True)
-        cond = _map_cond(lambda c: c.to(device, non_blocking=True), self.cond)
-        return Batch(images, cond, self.positions.to(device, non_blocking=True))
+        "On another device, without waiting where memory is pinned; positions stay: counters ask."
+        move = lambda v: v.to(device, non_blocking=True)
+        return Batch(move(self.images), _map_cond(move, self.cond), self.positions)
 
     def pin_memory(self) -> "Batch":
         "In memory that a GPU can read while the CPU goes on."
         cond = _map_cond(lambda c: c.pin_memory(), self.cond)
         return Batch(self.images.pin_memory(), cond, self.positions.pin_memory())
+
+# %% ../nbs/23_dataset.ipynb #44d01551
+@patch
+def rows(self: Batch, rows: slice) -> Batch:
+    "Some rows of a batch."
+    return Batch(self.images[rows], _map_cond(lambda c: c[rows], self.cond), self.positions[rows])
+
+
+@patch
+def parts(self: Batch, n: int) -> list[Batch]:
+    "A batch in n parts, as equal as can be: the first ones may have one row more."
+    ends = [0, *itertools.accumulate(len(p) for p in self.positions.tensor_split(n))]
+    return [self.rows(slice(a, b)) for a, b in zip(ends, ends[1:])]
+
+
+@patch
+def or_zeros(self: Batch) -> Batch:
+    "The batch; where it is empty, one row of zeros like it."
+    one = lambda v: v.new_zeros(1, *v.shape[1:])
+    return self if len(self.images) else Batch(
+        one(self.images), _map_cond(one, self.cond), one(self.positions))
 
 # %% ../nbs/23_dataset.ipynb #88298432
 class ImageSet(Dataset):
