@@ -402,7 +402,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._is_run': ('dataset.html#_is_run', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._labels_of': ('dataset.html#_labels_of', 'diffusion_model/dataset.py'),
-                                         'diffusion_model.dataset._map_cond': ('dataset.html#_map_cond', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._missing': ('dataset.html#_missing', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._moon': ('dataset.html#_moon', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._names': ('dataset.html#_names', 'diffusion_model/dataset.py'),

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .counters import counter_uniform, permutation
+from .denoiser import map_cond
 from .transforms import Transform, create_transform
 
 # %% ../nbs/23_dataset.ipynb #af8103b9
@@ -153,18 +154,18 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         "On another device, without waiting where memory is pinned; positions stay: counters ask."
         move = lambda v: v.to(device, non_blocking=True)
-        return Batch(move(self.images), _map_cond(move, self.cond), self.positions)
+        return Batch(move(self.images), map_cond(move, self.cond), self.positions)
 
     def pin_memory(self) -> "Batch":
         "In memory that a GPU can read while the CPU goes on."
-        cond = _map_cond(lambda c: c.pin_memory(), self.cond)
+        cond = map_cond(lambda c: c.pin_memory(), self.cond)
         return Batch(self.images.pin_memory(), cond, self.positions.pin_memory())
 
-# %% ../nbs/23_dataset.ipynb #44d01551
+# %% ../nbs/23_dataset.ipynb #0c62a92c
 @patch
 def rows(self: Batch, rows: slice) -> Batch:
     "Some rows of a batch."
-    return Batch(self.images[rows], _map_cond(lambda c: c[rows], self.cond), self.positions[rows])
+    return Batch(self.images[rows], map_cond(lambda c: c[rows], self.cond), self.positions[rows])
 
 
 @patch
@@ -179,7 +180,7 @@ def or_zeros(self: Batch) -> Batch:
     "The batch; where it is empty, one row of zeros like it."
     one = lambda v: v.new_zeros(1, *v.shape[1:])
     return self if len(self.images) else Batch(
-        one(self.images), _map_cond(one, self.cond), one(self.positions))
+        one(self.images), map_cond(one, self.cond), one(self.positions))
 
 # %% ../nbs/23_dataset.ipynb #88298432
 class ImageSet(Dataset):
@@ -195,19 +196,13 @@ class ImageSet(Dataset):
         self.classes = source.classes
 
 # %% ../nbs/23_dataset.ipynb #bc936054
-def _map_cond(f, cond):
-    "f of each tensor of a condition; None stays None."
-    if cond is None: return None
-    return {k: f(v) for k, v in cond.items()} if isinstance(cond, dict) else f(cond)
-
-
 def _as_cond(cond, n: int):  # None, a tensor (n, ...), or a dict of them
     "Conditions as tensors: integers become int64, other numbers float32. Raises `ValueError`."
     def leaf(values):
         x = torch.as_tensor(values)
         if len(x) != n: raise ValueError(f"cond: found {len(x)} conditions for {n} images")
         return x.float() if x.is_floating_point() else x.long()
-    return _map_cond(leaf, cond)
+    return map_cond(leaf, cond)
 
 # %% ../nbs/23_dataset.ipynb #8c1f60d2
 @patch
@@ -228,7 +223,7 @@ def batch(
     else:
         there = torch.tensor([x is not None for x in images], dtype=torch.bool)
         images = [x for x in images if x is not None]
-        cond, positions = _map_cond(lambda c: c[there], cond), positions[there]
+        cond, positions = map_cond(lambda c: c[there], cond), positions[there]
     return Batch(self.transform.augment(images, positions), cond, positions)
 
 
@@ -237,7 +232,7 @@ def __getitem__(self: ImageSet, i: int):  # float32 (C, H, W), and the condition
     if not -len(self) <= i < len(self): raise IndexError(f"{i} of {len(self)} images")
     images, cond, _ = self.batch(torch.tensor([i % len(self)]))
     if not len(images): raise ValueError(f"image {i} of the set cannot be read")
-    return images[0], _map_cond(lambda c: c[0], cond)
+    return images[0], map_cond(lambda c: c[0], cond)
 
 # %% ../nbs/23_dataset.ipynb #016f2454
 class Datasets(NamedTuple):
@@ -260,7 +255,7 @@ class ArraySource:
     def __len__(self): return len(self.images)
 
     def read(self, indices: Tensor):
-        return self.images[indices], _map_cond(lambda c: c[indices], self.cond)
+        return self.images[indices], map_cond(lambda c: c[indices], self.cond)
 
 # %% ../nbs/23_dataset.ipynb #14f51e3b
 class LazySource:
@@ -300,7 +295,7 @@ def _image(self: LazySource, i: int) -> Tensor | None:  # None: left out
 @patch
 def read(self: LazySource, indices: Tensor):  # list of (C, h, w) or None, and the conditions
     images = [self._image(i) for i in indices.tolist()]
-    return images, _map_cond(lambda c: c[indices], self.cond)
+    return images, map_cond(lambda c: c[indices], self.cond)
 
 # %% ../nbs/23_dataset.ipynb #42b45f2c
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
