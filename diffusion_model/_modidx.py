@@ -940,6 +940,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'diffusion_model/transforms.py'),
                                             'diffusion_model.transforms.Transform.prepare': ( 'transforms.html#transform.prepare',
                                                                                               'diffusion_model/transforms.py'),
+                                            'diffusion_model.transforms._eight_bits': ( 'transforms.html#_eight_bits',
+                                                                                        'diffusion_model/transforms.py'),
                                             'diffusion_model.transforms.as_channels': ( 'transforms.html#as_channels',
                                                                                         'diffusion_model/transforms.py'),
                                             'diffusion_model.transforms.create_transform': ( 'transforms.html#create_transform',
