@@ -698,6 +698,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'diffusion_model.sampler._heun': ('sampler.html#_heun', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._midway': ('sampler.html#_midway', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._no_noise': ('sampler.html#_no_noise', 'diffusion_model/sampler.py'),
+                                         'diffusion_model.sampler._past': ('sampler.html#_past', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler._stride': ('sampler.html#_stride', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler.check_cond': ('sampler.html#check_cond', 'diffusion_model/sampler.py'),
                                          'diffusion_model.sampler.create_sampler': ( 'sampler.html#create_sampler',
