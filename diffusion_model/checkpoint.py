@@ -527,6 +527,7 @@ def _read_weights(path: Path, device) -> dict[str, Tensor]:
 def _read_config(path: Path, version: str) -> tuple[Config, list[str]]:
     "The settings, and what differs from this version's fields."
     try: return load_saved_config(path)
+    except OSError as error: raise _unreadable(path.parent, error, path) from None
     except ConfigError as error:
         if not path.parent.is_dir(): raise _unreadable(path.parent, FileNotFoundError()) from None
         raise CheckpointError(f"{path} was written by version {version} and does not suit this "
