@@ -6,8 +6,8 @@
 __all__ = ['REGISTRIES', 'Probability', 'Share', 'Noise', 'Seed', 'Count', 'SOLVER_OPTIONS', 'KNOWN_CLASSES', 'SECTIONS',
            'PRECEDENCE', 'MIGRATIONS', 'ConfigError', 'Registry', 'DiffusionConfig', 'DataConfig', 'TrainingConfig',
            'SamplingConfig', 'LoggingConfig', 'solver_options', 'sections', 'Config', 'list_configs', 'find_config',
-           'parse_overrides', 'load_config', 'save_config', 'config_diff', 'migrate_config', 'load_saved_config',
-           'config_help']
+           'parse_overrides', 'change_config', 'load_config', 'save_config', 'config_diff', 'migrate_config',
+           'load_saved_config', 'config_help']
 
 # %% ../nbs/20_config.ipynb #d0caca96
 import difflib
@@ -116,7 +116,8 @@ REGISTRIES = {
         "logistic", "logsnr", "karras", "trailing", "leading", "linspace", "quad"),
         renamed={"logit": "logistic"}),
     "logging.trackers": Registry("tracking", "TRACKERS", ("tensorboard", "wandb")),
-    "logging.callbacks": Registry("callbacks", "CALLBACKS", ()),
+    "logging.callbacks": Registry(
+        "callbacks", "CALLBACKS", ("log", "validate", "stop_early", "draw", "save")),
 }
 
 # %% ../nbs/20_config.ipynb #785e0daf
@@ -459,7 +460,7 @@ def _allowed(field: dict, found=None) -> str:
     if "anyOf" in field: return " or ".join(_allowed(f, found) for f in field["anyOf"])
     if "enum" in field or "const" in field:
         names = field.get("enum", [field.get("const")])
-        return "one of " + (", ".join(map(str, names)) or "none (none is registered)")
+        return "one of " + ", ".join(map(str, names))
     words = {"integer": "a whole number", "number": "a number", "string": "text", "null": "null",
              "boolean": "true or false", "array": "a list"}
     kind = words.get(field.get("type"), "a value")
@@ -711,8 +712,12 @@ def _choose(overrides, network: str) -> tuple[dict, list[str]]:
 
 # %% ../nbs/20_config.ipynb #ba40b115
 def _load(path: Path, overrides, notes: list = None) -> Config:
-    "Read, override and validate."
-    values, lines = _read(path, notes=notes)
+    "Read, override and validate a file."
+    return _change(*_read(path, notes=notes), overrides)
+
+
+def _change(values: dict, lines: list[str], overrides) -> Config:
+    "Override and validate; `lines` are the errors so far."
     chosen, _ = _choose(overrides, "unet")  # every network has the field name
     network = str(_over(values, chosen).get("model", {}).get("name", "unet"))
     known, unknown = _judged(network)
@@ -721,6 +726,14 @@ def _load(path: Path, overrides, notes: list = None) -> Config:
     lines += unknown + more + wrong + _check_all(built)
     if lines: raise ConfigError(list(dict.fromkeys(lines)))
     return Config(**built)
+
+# %% ../nbs/20_config.ipynb #9ee081e5
+def change_config(
+    cfg: Config,
+    overrides,        # as for `load_config`
+) -> Config:          # another one; `cfg` stays as it is
+    "A config with some fields changed. Raises `ConfigError` with every error, one a line."
+    return _change(cfg.model_dump(), [], overrides)
 
 
 def load_config(
@@ -809,10 +822,12 @@ def load_saved_config(
 # %% ../nbs/20_config.ipynb #7f05eea5
 def config_help(
     network: str = "unet",  # whose fields the section `model` has
+    only: str = None,       # a section; default: all
 ) -> str:
     "Every section, field, type, default and meaning, for `--help`."
     lines, known = [], sections(network)
     for section, cls in known.items():
+        if only not in (None, section): continue
         lines.append(f"\n{section}: {cls.__doc__}")
         schema = cls.model_json_schema()["properties"]
         for name, field in cls.model_fields.items():
