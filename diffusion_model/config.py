@@ -331,7 +331,7 @@ def solver_options(
     solvers = getattr(sys.modules.get("diffusion_model.sampler"), "SOLVERS", {})
     return tuple(getattr(solvers.get(name), "options", SOLVER_OPTIONS.get(name, ())))
 
-
+# %% ../nbs/20_config.ipynb #19c994d7
 def _check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> list[str]:
     "The solver's options must be its own, and the steps the schedule's."
     lines, d, s = [], diffusion, sampling
@@ -404,7 +404,7 @@ def _check_all(sections: dict) -> list[str]:
     return [line for check, names in _CLASHES if all(n in sections for n in names)
             for line in check(*(sections[n] for n in names))]
 
-
+# %% ../nbs/20_config.ipynb #62d8139c
 def sections(
     network: str = "unet",     # `model.name`
 ) -> dict[str, type]:          # section -> its pydantic model
@@ -718,6 +718,7 @@ def _load(path: Path, overrides, notes: list = None) -> Config:
 
 def _change(values: dict, lines: list[str], overrides) -> Config:
     "Override and validate; `lines` are the errors so far."
+    if not isinstance(overrides, dict): overrides = list(overrides)
     chosen, _ = _choose(overrides, "unet")  # every network has the field name
     network = str(_over(values, chosen).get("model", {}).get("name", "unet"))
     known, unknown = _judged(network)
