@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test notebooks pytest faults export readme lab docs benchmarks clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -24,7 +24,10 @@ $(READY): pyproject.toml
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
 	$(BIN)/diffusion-train --config quickstart --resume $(ARGS)
 
-test: notebooks pytest  ## Run every notebook, every test and the guard
+test: lint notebooks pytest  ## Run the linter, every notebook, every test and the guard
+
+lint: $(READY)  ## Look for likely mistakes and lines of more than 100 columns (quick)
+	$(BIN)/ruff check
 
 # Each notebook in a process of its own, so that none can lean on what another left behind.
 notebooks: $(READY)  ## Run every notebook as a test
@@ -36,12 +39,18 @@ notebooks: $(READY)  ## Run every notebook as a test
 pytest: $(READY)  ## Run the tests and the guard (exports equal notebooks, clean, within size)
 	$(BIN)/python -m pytest
 
-faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ...) and print the table
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault
+faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ...); print both tables
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fault or mended"
+
+mutants: $(READY)  ## Plant small mistakes, one at a time: do the notebooks and tests notice? (hours)
+	$(BIN)/python tests/mutants.py --jobs $(JOBS) $(ARGS)
 
 export: $(READY)  ## Write the package and README.md from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/python tests/readme.py
+
+readme: $(READY)  ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 lab: $(READY)  ## Open the notebooks in Jupyter
@@ -49,6 +58,11 @@ lab: $(READY)  ## Open the notebooks in Jupyter
 
 docs: $(READY)  ## Build the documentation site (needs Quarto)
 	$(BIN)/nbdev-docs
+
+benchmarks: train  ## Measure solvers, the trainer and the quick start's images (about 20 minutes)
+	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/quickstart.py
 
 clean:  ## Remove what builds and tests leave behind (not .venv, not your runs)
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis

@@ -3,7 +3,7 @@
 The denoiser is exact: a mixture of 8 Gaussians in 64 dimensions, so that every error is the solver's own. 4,096 samples;
 the error is the Fréchet distance of their mean and covariance to the exact ones. Ours and diffusers' schedulers start from
 the same noise, take the same levels and draw the same fresh noise. Where diffusers stands at levels between its whole times it
-tells the network the nearest whole one; a further row shows what it reaches where the network is told the level itself, which is
+gives the network the nearest whole one; a further row shows what it reaches where the network is given the level itself, which is
 then the same solver on the same grid. Then, over all settings that diffusers' samplers have (some need scipy), the best at 10
 calls is sought, and our default (which nobody set) is held against it. Last, what a step on a 1×4 tensor costs, on one thread,
 ours and theirs in turn. Ten minutes on two cores, most of it the search.
@@ -26,7 +26,8 @@ import torch
 
 from diffusion_model.denoiser import Denoiser, Pred
 from diffusion_model.oracle import GaussianMixture
-from diffusion_model.sampler import (ddim_step, ddpm_step, dpmpp_2m_step, euler_step, heun_step, sample, solve)
+from diffusion_model.sampler import (Step, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, heun_step, sample,
+                                     solve)
 from diffusion_model.scheduler import FlowSchedule, VESchedule, VPSchedule, linear_betas
 
 N, D, CALLS, STD = 4096, 64, (5, 10, 20, 50), 0.22
@@ -57,8 +58,8 @@ def error(x):
     return float((x.mean(0) - MEANS.mean(0)).square().sum() + exact.trace() + found.trace() - 2*cross)
 
 
-def theirs(scheduler, family, steps, told=False):
-    """Sample with one of diffusers' schedulers: x and the number of calls that it took. `told`: the network is told the level
+def theirs(scheduler, family, steps, exact=False):
+    """Sample with one of diffusers' schedulers: x and the number of calls that it took. `exact`: the network is given the level
     that x is at, not a whole time near it."""
     module, denoise, at = importlib.import_module(type(scheduler).__module__), oracle(family), [0]
     our_noise = mock.patch.object(module, "randn_tensor", lambda *a, **k: fresh(at[0])) \
@@ -74,12 +75,12 @@ def theirs(scheduler, family, steps, told=False):
             skip = 0.25/(sigma**2 + 0.25)
             answer = (pred.x0 - skip*x)/(sigma*0.5/(sigma**2 + 0.25).sqrt())
         elif family is FLOW:
-            pred = denoise(x.double(), level_at(scheduler, at[0]) if told else t.double()/1000)
+            pred = denoise(x.double(), level_at(scheduler, at[0]) if exact else t.double()/1000)
             answer = pred.eps - pred.x0
         else:
             seen = scheduler.scale_model_input(x, t)
             t_seen = t.double() if t.is_floating_point() else t
-            if told: t_seen = VP.t_of_log_snr(-2*level_at(scheduler, at[0]).log())
+            if exact: t_seen = VP.t_of_log_snr(-2*level_at(scheduler, at[0]).log())
             answer = denoise(seen.double(), t_seen).eps
         with our_noise: x = scheduler.step(answer.float(), t, x).prev_sample
     return x, at[0] + 1
@@ -156,7 +157,7 @@ def errors():
         print(f"\n{title:<66}" + "".join(f"{c:>9}" for c in CALLS))
         shipped, same = 0., 0.
         for solver, name, settings in pairs:
-            told = ", ".join([str(v) for k, v in settings.items() if k not in ("clip_sample", "prediction_type")
+            shown = ", ".join([str(v) for k, v in settings.items() if k not in ("clip_sample", "prediction_type")
                               and (v is not True or "sigmas" not in k)] + [k for k, v in settings.items() if v is True])
             between = any(v is True for v in settings.values())  # levels of its own: between whole times
             a, b, c = [], [], []
@@ -166,16 +167,16 @@ def errors():
                 x, used = theirs(scheduler, family, steps)
                 assert used <= calls
                 a.append(error(x)), b.append(error(ours(family, solver, levels_of(scheduler, family))))
-                if between: c.append(error(theirs(make(name, family, settings), family, steps, told=True)[0]))
-            row(f"diffusers {name}{f' ({told})' if told else ''}", a)
-            if between: row("          the same, the network told the level itself", c)
+                if between: c.append(error(theirs(make(name, family, settings), family, steps, exact=True)[0]))
+            row(f"diffusers {name}{f' ({shown})' if shown else ''}", a)
+            if between: row("          the same, the network given the level itself", c)
             row(f"ours      {solver}, the same levels", b)
             row("          ours over theirs", [y/x for x, y in zip(c or a, b)])
             if (solver, name) == ("heun", "HeunDiscrete"): continue  # the same name, another solver: `edm` is the same
             shipped = max(shipped, *(y/x for x, y in zip(a, b)))
             same = max(same, *(y/x for x, y in zip(c or a, b)))
         print(f"ours over theirs, the same solver and levels, at worst: {same:.4f} (as shipped: {shipped:.4f})")
-        row("ours, default (unipc, logit)", [error(sample(oracle(family), (N, D), n, noise=START*math.hypot(
+        row("ours, default (unipc, logistic)", [error(sample(oracle(family), (N, D), n, noise=START*math.hypot(
             *family.levels(torch.tensor([family.noisy]))[0]))) for n in CALLS])
         row("the exact solution from the same noise (1,000 calls)", [error(ours(
             family, "dpmpp_2m", family.grid(1000, "logistic")))])
@@ -251,11 +252,11 @@ def search(calls=10):
 
 
 def speed(steps=50, rounds=41):
-    """A step: from the network's ε to the next x, conversions included. `heun` looks twice. A loop: all of `solve` around a
+    """A step: from the network's ε to the next x, conversions included. `heun` evaluates twice. A loop: all of `solve` around a
     network that answers at once, against `scale_model_input` and `step` (which they need), for a step of the grid."""
     torch.set_num_threads(1)
     eps, start, grid = torch.randn(1, 4), torch.randn(1, 4), VP.grid(steps, "trailing")
-    levels, denoiser = VP.levels(grid), Denoiser(lambda x, t: eps, VP, "eps")
+    levels, denoiser = VP.levels(grid), Denoiser(lambda x, t, cond: eps, VP, "eps")
     draw = lambda name=None: torch.randn(1, 4)
 
     def read(x, here): return Pred(x.sub(eps, alpha=here.sigma)/here.alpha, eps)
@@ -268,8 +269,8 @@ def speed(steps=50, rounds=41):
             elif solver == "ddim": x = ddim_step(x, pred, here, there)
             elif solver == "euler": x = euler_step(x, pred, here, there)
             elif solver == "heun": x = heun_step(x, pred, here, there, lambda x: read(x, there))
-            else: x = dpmpp_2m_step(x, pred, here, there, last)
-            last = pred, here
+            else:
+                last, x = Step(x, pred, here, there), dpmpp_2m_step(x, pred, here, there, last)
 
     def loop(solver):
         for _ in solve(denoiser, start, grid, solver, draw=draw): pass

@@ -11,13 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from .counters import counter_normal
-from .sampler import ddpm_step, evaluating, renoise, sample
+from .denoiser import Cond, DenoiserLike, map_cond
+from .sampler import (check_cond, ddpm_step, device_of, evaluating, noise_like,
+                                     renoise, sample, solve)
 from .scheduler import expand
 
 # %% ../nbs/06_editing.ipynb #92eb8e23
 def image_to_image(
-    denoiser,               # maps (x, t, cond) to a Pred, and has a `schedule`
+    denoiser: DenoiserLike,
     image: Tensor,          # (B, ...) in the data's range
     strength: float = 0.5,  # share of the steps that are done: near 0 keeps the image, 1 forgets it
     steps: int = 20,        # of the whole way
@@ -30,20 +31,27 @@ def image_to_image(
         f"strength: found {strength}; allowed: above 0 (keep all) to 1 (keep nothing)")
     grid = denoiser.schedule.grid(steps, spacing)
     grid = grid[steps - max(1, round(strength*steps)):]
-    at = torch.arange(len(image), device=image.device) + options.get("first", 0)
-    noise = counter_normal(seed, "edit", at, tuple(image.shape[1:])).to(image.dtype)
-    x = denoiser.schedule.add_noise(image, noise, grid[:1])
+    image = image.to(options.get("device") or device_of(denoiser, image))
+    noise = noise_like(image, seed, options.get("first", 0))("edit")
+    x = denoiser.schedule.add_noise(image, noise, grid[0])
     return sample(denoiser, tuple(image.shape), grid=grid, noise=x, seed=seed, **options)
 
 # %% ../nbs/06_editing.ipynb #aaa40f75
+def _placed(denoiser: DenoiserLike, cond: Cond, *images: Tensor):
+    "The condition, once it is checked, and the images: all where the denoiser computes."
+    check_cond(denoiser, cond, len(images[0]))
+    device = device_of(denoiser, images[0])
+    return map_cond(lambda c: c.to(device), cond), *(image.to(device) for image in images)
+
+# %% ../nbs/06_editing.ipynb #ce469eaa
 @torch.no_grad()
 def inpaint(
-    denoiser,           # maps (x, t, cond) to a Pred, and has a `schedule`
+    denoiser: DenoiserLike,
     image: Tensor,      # (B, ...) whose known part is kept
     mask: Tensor,       # bool, broadcasts with the image: True where it is made anew
     steps: int = 50,
-    repeats: int = 5,   # times that each step is done; 1: never go back up
-    cond: Tensor = None,   # (B,) int64 labels
+    repeats: int = 5,   # times that each step is done, at least 1, which never goes back up
+    cond: Cond = None,  # one for each image
     spacing: str = "logistic",
     seed: int = 0,
     first: int = 0,     # number of the first image: its noise depends on seed and number
@@ -51,64 +59,76 @@ def inpaint(
     "Fill in a part of an image (Lugmayr et al. 2022, Algorithm 1)."
     if mask.dtype != torch.bool: raise ValueError(
         f"mask: found {mask.dtype}; allowed: bool, True where the image is made anew")
-    grid, at = denoiser.schedule.grid(steps, spacing), torch.arange(len(image)) + first
-    levels, at = denoiser.schedule.levels(grid), at.to(image.device)
-    draw = lambda name: counter_normal(seed, name, at, tuple(image.shape[1:])).to(image.dtype)
+    if repeats < 1: raise ValueError(f"repeats: found {repeats}; at least 1")
+    cond, image, mask = _placed(denoiser, cond, image, mask)
+    grid, draw = denoiser.schedule.grid(steps, spacing), noise_like(image, seed, first)
+    levels = denoiser.schedule.levels(grid)
     x = math.hypot(*levels[0])*draw("start")  # nothing of what is in the hole
     with evaluating(denoiser):
-        for i, (here, there) in enumerate(zip(levels, levels[1:])):
+        for i, (t, here, there) in enumerate(zip(grid, levels, levels[1:])):
             for k in range(repeats if there.sigma else 1):
                 if k: x = renoise(x, there, here, draw(f"up {i} {k}"))
-                new = ddpm_step(x, denoiser(x, grid[i], cond), here, there, draw(f"step {i} {k}"))
+                made = ddpm_step(x, denoiser(x, t, cond), here, there, draw(f"step {i} {k}"))
                 known = there.alpha*image + there.sigma*draw(f"known {i} {k}")
-                x = torch.where(mask, new, known)
+                x = torch.where(mask, made, known)
     return x
 
 # %% ../nbs/06_editing.ipynb #8ea6e6c2
 @torch.no_grad()
 def invert(
-    denoiser,            # maps (x, t, cond) to a Pred, and has a `schedule`
-    image: Tensor,       # (B, ...) clean
+    denoiser: DenoiserLike,
+    image: Tensor,      # (B, ...) clean
     steps: int = 50,
-    cond: Tensor = None,    # (B,) int64 labels
-    rounds: int = 3,     # times that each step is refined; 1: the usual approximation
+    cond: Cond = None,  # one for each image
+    rounds: int = 3,    # times that each step is refined, at least 1: the usual approximation
     spacing: str = "logistic",
 ) -> tuple[Tensor, Tensor]:  # x at grid[0], and the grid that leads from there to the image
     "The noise that DDIM would turn into this image (Song et al. 2021, section 4.3)."
+    if rounds < 1: raise ValueError(f"rounds: found {rounds}; at least 1")
+    cond, x = _placed(denoiser, cond, image)
     schedule = denoiser.schedule
     grid = schedule.grid(steps, spacing)
     if schedule.levels(grid[:1])[0].alpha == 0: grid = grid[1:]
-    levels, x, eps = schedule.levels(grid), image, torch.zeros_like(image)
+    levels, eps = schedule.levels(grid), torch.zeros_like(x)
     with evaluating(denoiser):
-        for i in range(len(grid) - 2, -1, -1):
-            (alpha, sigma), (a, u) = levels[i], levels[i + 1]
-            moved, share = (alpha/a)*x, sigma - alpha*u/a
-            for _ in range(rounds): eps = denoiser(moved + share*eps, grid[i], cond).eps
-            x = moved + share*eps
+        for t, here, there in reversed(list(zip(grid, levels, levels[1:]))):
+            alpha_ts = here.alpha/there.alpha
+            kept, share = alpha_ts*x, here.sigma - here.alpha*there.sigma/there.alpha
+            for _ in range(rounds): eps = denoiser(kept + share*eps, t, cond).eps
+            x = kept + share*eps
     return x, grid
 
 # %% ../nbs/06_editing.ipynb #b309b686
 def slerp(
     a: Tensor, b: Tensor,  # (B, ...)
-    w: float,              # 0: a, 1: b
+    fraction: float,       # of the way: 0: a, 1: b
 ) -> Tensor:               # (B, ...)
     "Spherical interpolation, each sample for itself (Shoemake 1985)."
-    u, v = (x.flatten(1)/x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b))
-    angle = (u*v).sum(1).clamp(-1 + 1e-6, 1 - 1e-6).acos()
-    return (expand(((1 - w)*angle).sin()/angle.sin(), a)*a
-            + expand((w*angle).sin()/angle.sin(), b)*b)
+    unit_a, unit_b = (x.flatten(1)/x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b))
+    angle = (unit_a*unit_b).sum(1).clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    return (expand(((1 - fraction)*angle).sin()/angle.sin(), a)*a
+            + expand((fraction*angle).sin()/angle.sin(), b)*b)
 
 
+@torch.no_grad()
 def interpolate(
-    denoiser, a: Tensor, b: Tensor,  # (B, ...) two batches of clean images
-    n: int = 8,                      # images on the way, the ends among them; at least 2
+    denoiser: DenoiserLike,
+    a: Tensor, b: Tensor,  # (B, ...) two batches of clean images
+    n: int = 8,            # images on the way, the ends among them; at least 2
     steps: int = 50,
-    cond: Tensor = None,                # (B,) int64 labels, for both ends
-    rounds: int = 3,                 # of `invert`
-) -> Tensor:                         # (n, B, ...)
+    cond: Cond = None,     # one for each sample, for both its ends
+    rounds: int = 3,       # of `invert`
+) -> Tensor:               # (n, B, ...)
     "Walk from one image to another through the noises they come from."
     if n < 2: raise ValueError(f"n: found {n}; at least 2, the two ends")
-    (start, grid), (end, _) = (invert(denoiser, x, steps, cond, rounds) for x in (a, b))
-    way = [slerp(start, end, k/(n - 1)) for k in range(n)]
-    return torch.stack([sample(denoiser, tuple(a.shape), solver="ddim", grid=grid, noise=x, cond=cond)
-                        for x in way])
+    if a.shape != b.shape: raise ValueError(
+        f"b: found shape {tuple(b.shape)}; allowed: {tuple(a.shape)}, that of a")
+    start, grid = invert(denoiser, a, steps, cond, rounds)
+    end, _ = invert(denoiser, b, steps, cond, rounds)
+    cond, images = map_cond(lambda c: c.to(start.device), cond), []
+    with evaluating(denoiser):
+        for k in range(n):
+            x = slerp(start, end, k/(n - 1))
+            *_, state = solve(denoiser, x, grid, "ddim", cond)
+            images.append(state.x)
+    return torch.stack(images)

@@ -7,16 +7,19 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent/"shared"/"data"
-SMALL = ["--base_channels", "16", "--norm_groups", "8", "--attention_resolutions", "[]", "--channel_multipliers",
-         "1,2", "--image_size", "16", "--patch_size", "2", "--batch_size", "8", "--steps", "3", "--num_samples", "4",
-         "--num_res_blocks", "1", "--log_every", "1", "--device", "cpu"]
+SMALL = ["--base_channels", "16", "--norm_groups", "8", "--attention_resolutions", "[]",
+         "--channel_multipliers", "1,2", "--image_size", "16", "--patch_size", "2", "--batch_size",
+         "8", "--steps", "3", "--num_samples", "4", "--num_res_blocks", "1", "--log_every", "1",
+         "--device", "cpu"]
 
 
 def run(command, *words, cwd=ROOT, **kw):
-    code = f"import sys; from diffusion_model.cli import {command}_command as c; sys.exit(c(sys.argv[1:]))"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=cwd, env=env, text=True,
-                          capture_output=True, timeout=240, **kw)
+    code = ("import sys; "
+            f"from diffusion_model.cli import {command}_command as c; sys.exit(c(sys.argv[1:]))")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                        "PYTHONWARNINGS": "default"}
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=cwd, env=env,
+                          text=True, capture_output=True, timeout=240, **kw)
 
 
 def losses(folder):
@@ -24,7 +27,8 @@ def losses(folder):
     return {m["step"]: m["loss"] for m in lines if "loss" in m}
 
 
-def train(out, *words): return run("train", "--config", "quickstart", *SMALL, "--output_dir", out, *words)
+def train(out, *words):
+    return run("train", "--config", "quickstart", *SMALL, "--output_dir", out, *words)
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +41,26 @@ def trained(tmp_path_factory):
 
 def test_run_directory(trained):
     there = {p.relative_to(trained).as_posix() for p in trained.rglob("*")}
-    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/film.gif", "samples/step_00000020.png",
-            "checkpoints/step_00000014/model.safetensors", "checkpoints/step_00000020/manifest.json"} <= there
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/film.gif",
+            "samples/step_00000020.png", "checkpoints/step_00000014/model.safetensors",
+            "checkpoints/step_00000020/manifest.json"} <= there
     assert list(losses(trained)) == list(range(1, 21))
 
 
 @pytest.mark.fault(3)
 def test_kill_and_resume_gives_the_same_losses(trained, tmp_path):
     "Killed without warning, a run goes on at its last checkpoint as if nothing had been."
-    code = "import sys; from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))"
+    code = ("import sys; "
+            "from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))")
     out = tmp_path/"killed"
     words = ["--config", "quickstart", *SMALL, "--output_dir", str(out), "--checkpoint_every", "7"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, *words, "--max_steps", "100000"], cwd=ROOT, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code, *words, "--max_steps", "100000"],
+                               cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     until = time.time() + 120
-    while not (out/"checkpoints"/"step_00000014"/"manifest.json").exists() and time.time() < until: time.sleep(0.02)
+    while not (out/"checkpoints"/"step_00000014"/"manifest.json").exists() and time.time() < until:
+        time.sleep(0.02)
     process.kill()
     process.wait()
     before = losses(out)
@@ -72,7 +80,8 @@ def test_resumed_losses_equal_an_uninterrupted_run(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed at step 14" in done.stdout
     assert losses(out) == losses(trained)
-    same = [(folder/"checkpoints"/"step_00000020"/"model.safetensors").read_bytes() for folder in (out, trained)]
+    same = [(folder/"checkpoints"/"step_00000020"/"model.safetensors").read_bytes()
+            for folder in (out, trained)]
     assert same[0] == same[1]
 
 
@@ -80,13 +89,16 @@ def test_resumed_losses_equal_an_uninterrupted_run(trained, tmp_path):
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_and_stops(tmp_path, sent, code):
     out = tmp_path/"stopped"
-    source = "import sys; from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))"
+    source = ("import sys; "
+              "from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))")
     process = subprocess.Popen(
-        [sys.executable, "-c", source, "--config", "quickstart", *SMALL, "--output_dir", str(out), "--max_steps", "100000"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+        [sys.executable, "-c", source, "--config", "quickstart", *SMALL, "--output_dir", str(out),
+         "--max_steps", "100000"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics, until = out/"metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.time() < until: time.sleep(0.02)
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.time() < until:
+        time.sleep(0.02)
     process.send_signal(sent)
     printed, complained = process.communicate(timeout=60)
     assert process.returncode == code, complained
@@ -95,22 +107,26 @@ def test_signal_saves_and_stops(tmp_path, sent, code):
 
 
 def test_sample_writes_files(trained, tmp_path):
-    done = run("sample", "--checkpoint", trained, "--num_samples", 5, "--steps", 2, "--labels", "star,0", "--film",
-               "--solver", "ddpm", "--output_dir", tmp_path/"out")
+    done = run("sample", "--checkpoint", trained, "--num_samples", 5, "--steps", 2, "--labels",
+               "star,0", "--film", "--solver", "ddpm", "--output_dir", tmp_path/"out")
     assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in (tmp_path/"out").iterdir())
-    assert names == ["00000_star.png", "00001_disc.png", "00002_star.png", "00003_disc.png", "00004_star.png",
-                     "film.gif", "grid.png"]
+    assert names == ["00000_star.png", "00001_disc.png", "00002_star.png", "00003_disc.png",
+                     "00004_star.png", "film.gif", "grid.png"]
     assert Image.open(tmp_path/"out"/"00000_star.png").size == (16, 16)
 
 
 @pytest.mark.parametrize("command, words, says", [
     ("train", ["--config", "quikstart"], ["quikstart", "did you mean quickstart?"]),
-    ("train", ["--config", "quickstart", "--lerning_rate", "1"], ["did you mean training.learning_rate?"]),
-    ("train", ["--config", "quickstart", "--batch_size", "many"], ["training.batch_size", "'many'", "a whole number"]),
+    ("train", ["--config", "quickstart", "--lerning_rate", "1"],
+     ["did you mean training.learning_rate?"]),
+    ("train", ["--config", "quickstart", "--batch_size", "many"],
+     ["training.batch_size", "'many'", "a whole number"]),
     ("train", ["--config", "quickstart", "--image_size", "30"], ["data.image_size", "24 or 32"]),
-    ("train", ["--config", "quickstart", "--max_steps", "0", "--dropout", "2"], ["training.max_steps", "model.dropout"]),
-    ("train", ["--config", "fashion_mnist", "--data.root", "nowhere"], ["nowhere", "--data.download true"]),
+    ("train", ["--config", "quickstart", "--max_steps", "0", "--dropout", "2"],
+     ["training.max_steps", "model.dropout"]),
+    ("train", ["--config", "fashion_mnist", "--data.root", "nowhere"],
+     ["nowhere", "--data.download true"]),
     ("train", ["--config", "image_folder", "--data.root", "nowhere"], ["nowhere"]),
     ("train", ["--config", "quickstart", "--device", "cuda:77"], ["cuda:77", "auto"]),
     ("train", ["--resume", "nowhere"], ["nowhere"]),
@@ -127,14 +143,18 @@ def test_refusals(tmp_path, command, words, says):
 def test_help_names_every_field():
     done = run("train", "--help")
     assert done.returncode == 0
-    for word in ("--training.learning_rate", "--model.patch_size", "--resume", "quickstart"): assert word in done.stdout
+    for word in ("--training.learning_rate", "--model.patch_size", "--resume", "quickstart"):
+        assert word in done.stdout
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real data sets are not beside the project")
-@pytest.mark.parametrize("config, root", [("fashion_mnist", "."), ("image_folder", "noto-emoji/72")])
+@pytest.mark.parametrize("config, root", [("fashion_mnist", "."),
+                                          ("image_folder", "noto-emoji/72")])
 def test_real_data(tmp_path, config, root):
-    done = run("train", "--config", config, "--data.root", DATA/root, *SMALL, "--max_steps", 4, "--output_dir", tmp_path/"run")
+    done = run("train", "--config", config, "--data.root", DATA/root, *SMALL, "--max_steps", 4,
+               "--output_dir", tmp_path/"run")
     assert done.returncode == 0, done.stderr
-    done = run("sample", "--checkpoint", tmp_path/"run", "--num_samples", 16, "--output_dir", tmp_path/"out")
+    done = run("sample", "--checkpoint", tmp_path/"run", "--num_samples", 16, "--output_dir",
+               tmp_path/"out")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path/"out").glob("0*.png"))) == 16

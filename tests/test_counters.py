@@ -13,8 +13,10 @@ def test_golden_values():
     assert first.tolist() == [[0.40777796506881714], [0.8326628804206848]]
 
 
-@pytest.mark.parametrize("draw", [lambda at: counter_uniform(3, "a", at, 5), lambda at: counter_normal(3, "a", at, (2, 3)),
-                                  lambda at: counter_normal(3, "a", at, (7,)), lambda at: counter_normal(3, "a", at)])
+@pytest.mark.parametrize("draw", [lambda at: counter_uniform(3, "a", at, 5),
+                                  lambda at: counter_normal(3, "a", at, (2, 3)),
+                                  lambda at: counter_normal(3, "a", at, (7,)),
+                                  lambda at: counter_normal(3, "a", at)])
 def test_batch_split_and_order_do_not_matter(draw):
     whole = draw(AT)
     assert torch.equal(whole, torch.cat([draw(AT[i:i + 7]) for i in range(0, 100, 7)]))

@@ -8,15 +8,17 @@ from PIL import Image
 
 from diffusion_model import dataset
 from diffusion_model.config import DataConfig
-from diffusion_model.dataset import ImageSet, Shapes, create_dataset, create_loader, draw_shapes, scan_folder
+from diffusion_model.dataset import (ImageSet, Shapes, create_dataset, create_loader, draw_shapes,
+                                     scan_folder)
 from diffusion_model.transforms import create_transform
 
 REAL = Path(__file__).resolve().parent.parent.parent/"shared"/"data"
 real = pytest.mark.skipif(not REAL.exists(), reason="the real data sets are not beside the project")
 
 
-def config(**kw): return DataConfig(**{"dataset": "shapes", "train_size": 40, "validation_size": 10, "test_size": 10,
-                                       "image_size": 16, "horizontal_flip": False, **kw})
+def config(**kw):
+    return DataConfig(**{"dataset": "shapes", "train_size": 40, "validation_size": 10,
+                         "test_size": 10, "image_size": 16, "horizontal_flip": False, **kw})
 
 
 @pytest.fixture
@@ -35,14 +37,17 @@ def folder(tmp_path):
 # Shapes
 def test_shapes_are_fixed_and_labelled():
     images, labels = draw_shapes(0, torch.arange(64), 32)
-    assert images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
     assert torch.equal(draw_shapes(0, torch.tensor([9]))[0][0], images[9])
     assert set(labels.tolist()) == set(range(len(Shapes.classes))) and len(Shapes.classes) >= 8
 
 
 def test_splits_and_seeds_never_meet():
-    drawn = [draw_shapes(0, torch.arange(200), 16)[0], Shapes(200, 16, 1).read(torch.arange(200))[0]]
-    drawn += [Shapes(200, 16, 0, split).read(torch.arange(200))[0] for split in ("validation", "test")]
+    drawn = [draw_shapes(0, torch.arange(200), 16)[0],
+             Shapes(200, 16, 1).read(torch.arange(200))[0]]
+    drawn += [Shapes(200, 16, 0, split).read(torch.arange(200))[0]
+              for split in ("validation", "test")]
     pictures = [{bytes(x.flatten().tolist()) for x in part} for part in drawn]
     for i in range(4):
         for j in range(i): assert not pictures[i] & pictures[j]
@@ -70,14 +75,16 @@ def test_shapes_through_the_factory():
 
 
 def test_grey_shapes():
-    assert create_dataset(config(channels=1)).train.batch(torch.arange(2), torch.arange(2))[0].shape == (2, 1, 16, 16)
+    two = torch.arange(2)
+    assert create_dataset(config(channels=1)).train.batch(two, two)[0].shape == (2, 1, 16, 16)
 
 
 def test_folder_with_classes(folder):
     sets = create_dataset(config(dataset="folder", root=str(folder), validation_fraction=0.2))
     assert sets.classes == ["cats", "dogs"] and sum(len(s) for s in sets[:3]) == 9
     assert all(len(s) for s in sets[:3])
-    images, labels, _ = sets.train.batch(torch.arange(len(sets.train)), torch.arange(len(sets.train)))
+    images, labels, _ = sets.train.batch(torch.arange(len(sets.train)),
+                                         torch.arange(len(sets.train)))
     assert images.shape[1:] == (3, 16, 16) and set(labels.tolist()) <= {0, 1}
 
 
@@ -97,11 +104,13 @@ def test_folder_errors(folder, tmp_path):
     make = lambda root: create_dataset(config(dataset="folder", root=str(root)))
     with pytest.raises(FileNotFoundError, match="nowhere"): make(tmp_path/"nowhere")
     (tmp_path/"hollow").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no images in .*hollow.*\.png"): make(tmp_path/"hollow")
+    with pytest.raises(FileNotFoundError, match=r"no images in .*hollow.*\.png"):
+        make(tmp_path/"hollow")
     with pytest.raises(ValueError, match="hollow"): make(folder)  # a class without images
 
 
-@pytest.mark.parametrize("name, says", [("FashonMNIST", "FashionMNIST"), ("shape", "shapes"), ("qqqq", "known are")])
+@pytest.mark.parametrize("name, says", [("FashonMNIST", "FashionMNIST"), ("shape", "shapes"),
+                                        ("qqqq", "known are")])
 def test_unknown_data_sets(name, says):
     with pytest.raises(ValueError, match=says): create_dataset(config(dataset=name))
 
@@ -134,7 +143,9 @@ def take(n, **kw):
     return list(islice(iter(create_loader(sets.train, 12, 0, **kw)), n))
 
 
-def same(a, b): return all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for p, q in zip(a, b, strict=True)
+               for x, y in zip(p, q, strict=True))
 
 
 def test_resuming_is_arithmetic(): assert same(take(9)[4:], take(5, start=4))
@@ -142,20 +153,25 @@ def test_resuming_is_arithmetic(): assert same(take(9)[4:], take(5, start=4))
 
 def test_processes_share_the_batch():
     whole, left, right = take(5), take(5, rank=0, world=2), take(5, rank=1, world=2)
-    for w, l, r in zip(whole, left, right): assert torch.equal(w.images, torch.cat([l.images, r.images]))
+    for w, l, r in zip(whole, left, right):
+        assert torch.equal(w.images, torch.cat([l.images, r.images]))
 
 
 def test_each_epoch_shows_each_image_once():
     batches = take(10)  # 120 samples: three epochs of 40
     images = torch.cat([b.images for b in batches]).view(3, 40, -1)
     sums = images.abs().sum(-1).sort(1).values  # a flip does not change it
-    assert torch.allclose(sums[0], sums[1], rtol=1e-5) and torch.allclose(sums[0], sums[2], rtol=1e-5)
+    assert torch.allclose(sums[0], sums[1], rtol=1e-5)
+    assert torch.allclose(sums[0], sums[2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("size, kw, says", [(41, {}, "40 images"), (0, {}, "at least 1"), (5, dict(world=2), "cannot share"),
-                                            (4, dict(rank=2, world=2), "rank"), (4, dict(start=-1), "start")])
+@pytest.mark.parametrize("size, kw, says", [(41, {}, "40 images"), (0, {}, "at least 1"),
+                                            (5, dict(world=2), "cannot share"),
+                                            (4, dict(rank=2, world=2), "rank"),
+                                            (4, dict(start=-1), "start")])
 def test_loader_refusals(size, kw, says):
-    with pytest.raises(ValueError, match=says): create_loader(create_dataset(config()).train, size, 0, **kw)
+    with pytest.raises(ValueError, match=says):
+        create_loader(create_dataset(config()).train, size, 0, **kw)
 
 
 # Traps that a folder, a platform or torchvision sets
@@ -176,13 +192,15 @@ def test_split_folders_are_not_taken_for_classes(folder):
     for name in ("train", "test"):
         (root/name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root/name/"a.png")
-    with pytest.raises(ValueError, match="train and test, which would become classes"): scan_folder(root)
+    with pytest.raises(ValueError, match="train and test, which would become classes"):
+        scan_folder(root)
 
 
 def test_a_new_picture_moves_no_other(folder):
     def parts():
         sets = create_dataset(config(dataset="folder", root=str(folder), validation_fraction=0.2))
-        return [{sets.train.source.load.paths[i].name for i in s.indices.tolist()} for s in sets[:3]]
+        return [{sets.train.source.load.paths[i].name for i in s.indices.tolist()}
+                for s in sets[:3]]
     before = parts()
     Image.new("RGB", (9, 9)).save(folder/"dogs"/"new.png")
     assert sum(len(a - b) for a, b in zip(before, parts())) <= 2  # at the cuts, at most
@@ -191,13 +209,15 @@ def test_a_new_picture_moves_no_other(folder):
 def test_spawned_workers_and_the_global_generator(folder, monkeypatch):
     import torch.utils.data as data
     from torch import multiprocessing
-    sets = create_dataset(config(dataset="folder", root=str(folder), crop="random", horizontal_flip=True))
+    sets = create_dataset(config(dataset="folder", root=str(folder), crop="random",
+                                 horizontal_flip=True))
     state, started = torch.get_rng_state(), []
 
     class Spawning(data.DataLoader):
         def __init__(self, *args, **kw):
             started.append(1)
-            super().__init__(*args, multiprocessing_context=multiprocessing.get_context("spawn"), **kw)
+            super().__init__(*args, multiprocessing_context=multiprocessing.get_context("spawn"),
+                             **kw)
     monkeypatch.setattr(dataset, "DataLoader", Spawning)
     there = list(islice(create_loader(sets.train, 3, seed=0, num_workers=1), 4))
     here = list(islice(create_loader(sets.train, 3, seed=0), 4))
@@ -254,7 +274,8 @@ def test_a_set_without_the_usual_split_says_so(tmp_path):
 
 def test_drawing_does_not_depend_on_the_batch():
     whole = draw_shapes(5, torch.arange(1001))[0]
-    for n in (1, 7, 64): assert torch.equal(draw_shapes(5, torch.arange(900, 900 + n))[0], whole[900:900 + n])
+    for n in (1, 7, 64):
+        assert torch.equal(draw_shapes(5, torch.arange(900, 900 + n))[0], whole[900:900 + n])
 
 
 def test_every_colour_stands_out_from_its_ground():

@@ -146,7 +146,7 @@ def test_loss_curve_off_the_main_thread(tmp_path):
     assert (tmp_path/"loss.png").exists()
 
 
-# ---------------------------------------------------------------------------- explore, style, import
+# --------------------------------------------------------------------- explore, style, import
 
 def test_explore_without_a_kernel_is_a_strip_from_first_to_last(monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")

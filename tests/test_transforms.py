@@ -36,7 +36,8 @@ def test_half_precision_samples_come_back():
     assert (to_uint8(x).int() - EVERY.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV",
+                                  "LAB"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_modes(mode, channels):
     base = Image.new("RGB", (8, 6), (255, 255, 255))
@@ -85,7 +86,8 @@ def test_channels():
         as_channels(torch.zeros(2, 4, 4, dtype=torch.uint8), 3)
 
 
-@pytest.mark.parametrize("h, w", [(32, 32), (31, 47), (47, 31), (1, 1), (1, 90), (200, 33), (28, 28)])
+@pytest.mark.parametrize("h, w", [(32, 32), (31, 47), (47, 31), (1, 1), (1, 90), (200, 33),
+                                  (28, 28)])
 @pytest.mark.parametrize("crop", ["center", "none", "random"])
 def test_sizes(h, w, crop):
     x = resize_crop(torch.full((3, h, w), 77, dtype=torch.uint8), 32, crop)

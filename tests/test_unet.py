@@ -12,7 +12,8 @@ PARTS = [  # ours -> diffusers', by renaming alone
     (r"^mid1", "mid_block.resnets.0"), (r"^mid2", "mid_block.resnets.1"),
     (r"^mid_attention", "mid_block.attentions.0"), (r"^norm_out", "conv_norm_out"),
     (r"^downs", "down_blocks"), (r"^ups", "up_blocks"), (r"downsample\.", "downsamplers.0."),
-    (r"upsample\.", "upsamplers.0."), (r"time_proj", "time_emb_proj"), (r"shortcut", "conv_shortcut"),
+    (r"upsample\.", "upsamplers.0."), (r"time_proj", "time_emb_proj"),
+    (r"shortcut", "conv_shortcut"),
     (r"(attentions\.\d+\.)norm", r"\1group_norm"), (r"to_out\.", "to_out.0.")]
 
 
@@ -41,14 +42,17 @@ def test_weights_of_ddpm_by_renaming():
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         for t in (0, 1, 500, 999):
-            assert torch.allclose(network(x, torch.tensor(t)), reference(x, t).sample, atol=1e-5, rtol=1e-5)
+            assert torch.allclose(network(x, torch.tensor(t)), reference(x, t).sample, atol=1e-5,
+                                  rtol=1e-5)
 
 
-SMALL = dict(base_channels=8, channel_multipliers=(1, 2), norm_groups=4, num_res_blocks=1, attention_resolutions=())
+SMALL = dict(base_channels=8, channel_multipliers=(1, 2), norm_groups=4, num_res_blocks=1,
+             attention_resolutions=())
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"channels": 1}, {"patch_size": 2}, {"patch_size": 4}, {"num_classes": 3}, {"image_size": 64},
+    {}, {"channels": 1}, {"patch_size": 2}, {"patch_size": 4}, {"num_classes": 3},
+    {"image_size": 64},
     {"attention_resolutions": (32, 16), "attention_head_dim": 4}, {"channel_multipliers": (1,)},
     {"num_res_blocks": 3}, {"dropout": 0.5}])
 def test_output_has_the_input_shape(options):
@@ -65,7 +69,8 @@ def test_every_parameter_learns():
     network = UNet(**SMALL, num_classes=2)
     with torch.no_grad():
         for p in network.parameters(): p.add_(0.01*torch.randn_like(p))
-    network(torch.randn(4, 3, 32, 32), torch.arange(4), torch.tensor([0, 1, -1, 0])).square().sum().backward()
+    network(torch.randn(4, 3, 32, 32), torch.arange(4),
+            torch.tensor([0, 1, -1, 0])).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
@@ -75,7 +80,8 @@ def test_other_sizes_that_divide():
 
 def test_bf16_autocast():
     network = UNet(**SMALL)
-    with torch.autocast("cpu", torch.bfloat16): out = network(torch.randn(2, 3, 32, 32), torch.zeros(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.randn(2, 3, 32, 32), torch.zeros(2))
     assert out.isfinite().all()
 
 
@@ -84,15 +90,18 @@ def test_channels_last_gives_the_same():
     torch.nn.init.normal_(network.conv_out.weight)
     x, t = torch.randn(2, 3, 32, 32), torch.zeros(2)
     same = network(x, t)
-    lasting = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t)
+    last = torch.channels_last
+    lasting = network.to(memory_format=last)(x.contiguous(memory_format=last), t)
     assert torch.allclose(same, lasting, atol=1e-5)
 
 
 @pytest.mark.parametrize("make, x, y, says", [
     ({"image_size": 30, "channel_multipliers": (1, 2, 2)}, None, None, "28 or 32"),
     ({"image_size": 2, "channel_multipliers": (1, 2, 2)}, None, None, "multiples of 4"),
-    ({}, (1, 3, 33, 32), None, "multiples of 2"), ({}, (1, 1, 32, 32), None, "takes"), ({}, (3, 32, 32), None, "takes"),
-    ({}, (1, 3, 32, 32), 0, "unconditional"), ({"num_classes": 2}, (1, 3, 32, 32), None, "pass cond")])
+    ({}, (1, 3, 33, 32), None, "multiples of 2"), ({}, (1, 1, 32, 32), None, "takes"),
+    ({}, (3, 32, 32), None, "takes"),
+    ({}, (1, 3, 32, 32), 0, "unconditional"), ({"num_classes": 2}, (1, 3, 32, 32), None,
+                                               "pass cond")])
 def test_refusals(make, x, y, says):
     with pytest.raises(ValueError, match=says):
         network = UNet(**{**SMALL, **make})

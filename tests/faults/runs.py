@@ -1,24 +1,27 @@
-"Tiny runs to break: 8×8 images, two thousand weights, in this process, by the commands, or in processes of their own."
+"Tiny runs to break (8×8 images, two thousand weights): in this process, by command, or in others."
 import hashlib, os, subprocess, sys
 from pathlib import Path
 
+from diffusion_model.callbacks import Callback, Log, SaveCheckpoints
 from diffusion_model.checkpoint import find_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.tracking import read_metrics
-from diffusion_model.training import Callback, Log, SaveCheckpoints, Trainer
+from diffusion_model.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]", "channel_multipliers": "[1]",
-         "num_res_blocks": 1, "image_size": 8, "batch_size": 6, "max_steps": 40, "train_size": 90, "validation_size": 6,
-         "test_size": 6, "device": "cpu", "horizontal_flip": "true", "dropout": 0.1, "warmup_steps": 5,
-         "checkpoint_every": 5, "log_every": 1, "num_samples": 4, "steps": 2, "progress": "false"}
+SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",
+         "channel_multipliers": "[1]", "num_res_blocks": 1, "image_size": 8, "batch_size": 6,
+         "max_steps": 40, "train_size": 90, "validation_size": 6, "test_size": 6, "device": "cpu",
+         "horizontal_flip": "true", "dropout": 0.1, "warmup_steps": 5, "checkpoint_every": 5,
+         "log_every": 1, "num_samples": 4, "steps": 2, "progress": "false"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
                             "PYTHONWARNINGS": "default"}
 
 
 def words(folder, **change):
     "A tiny run as the command line has it."
-    return ["--config", "quickstart"] + [f"--{k}={v}" for k, v in (SMALL | {"output_dir": folder} | change).items()]
+    fields = SMALL | {"output_dir": folder} | change
+    return ["--config", "quickstart"] + [f"--{k}={v}" for k, v in fields.items()]
 
 
 def small(folder, **change): return load_config("quickstart", words(folder, **change)[2:])
@@ -69,5 +72,6 @@ def python(folder, code, *arguments, **environment):
     "A script in a process of its own."
     script = Path(folder)/"script.py"
     script.write_text(code)
-    return subprocess.run([sys.executable, script, *map(str, arguments)], env=ENVIRONMENT | environment, cwd=folder,
-                          text=True, capture_output=True, timeout=240)
+    return subprocess.run([sys.executable, script, *map(str, arguments)],
+                          env=ENVIRONMENT | environment, cwd=folder, text=True, capture_output=True,
+                          timeout=240)

@@ -17,8 +17,8 @@ from runs import words
 
 
 def config(root, **change):
-    return DataConfig(**{"dataset": "folder", "root": str(root), "image_size": 8, "horizontal_flip": False,
-                         "validation_fraction": 0.1, **change})
+    return DataConfig(**{"dataset": "folder", "root": str(root), "image_size": 8,
+                         "horizontal_flip": False, "validation_fraction": 0.1, **change})
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ class Speckled(Transform):
     def augment(self, images, positions):
         x = super().augment(images, positions)
         for image, p in zip(x, positions.tolist()):
-            image += torch.from_numpy(np.random.default_rng([self.seed, p]).normal(size=image.shape)).float()
+            noise = np.random.default_rng([self.seed, p]).normal(size=image.shape)
+            image += torch.from_numpy(noise).float()
         return x
 
 
@@ -48,29 +49,35 @@ class Speckled(Transform):
 @pytest.mark.parametrize("own", [False, True], ids=["built in", "NumPy"])
 def test_workers_change_nothing_and_augment_each_in_its_own_way(folder, own):
     for path in folder.glob("*.png"):
-        Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)*3, (16, 1))).save(path)  # all alike, longer than high
+        # All alike, and longer than high.
+        Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)*3, (16, 1))).save(path)
     data = config(folder, crop="random", horizontal_flip=True)
     taken = {}
     for workers in (0, 2, 4):
         sets = create_dataset(data)
         if own: sets.train.transform = Speckled(data, True)
-        np.random.seed(workers), torch.manual_seed(workers)  # what generators with a state hold plays no part
+        # What generators with a state hold plays no part.
+        np.random.seed(workers), torch.manual_seed(workers)
         taken[workers] = list(islice(create_loader(sets.train, 8, seed=0, num_workers=workers), 6))
     for workers in (2, 4):
         for a, b in zip(taken[0], taken[workers], strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.positions, b.positions)
     images = torch.cat([b.images for b in taken[0]])
     different = len(images.flatten(1).unique(dim=0))
-    assert different == len(images) if own else different > len(images)//2  # of 50 views some come twice
+    # Of 50 views some come twice.
+    assert different == len(images) if own else different > len(images)//2
 
 
 # -- bad pictures
 
 def png(size, *more):
     "A grey PNG that says it has this size."
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
     head = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0"*100)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(b"\0"*100)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def write(path, kind):
@@ -80,7 +87,8 @@ def write(path, kind):
     elif kind == "empty": path.write_bytes(b"")
     elif kind == "text": path.write_text("I am not a picture")
     elif kind == "large bomb": path.write_bytes(png(30_000))
-    else: path.write_bytes(png(10_000))  # Pillow alone would only warn of this one, and unpack 100 MB
+    else:
+        path.write_bytes(png(10_000))  # Pillow alone would only warn of this one, and unpack 100 MB
 
 
 BAD = ["truncated", "empty", "text", "bomb", "large bomb"]
@@ -92,7 +100,8 @@ BAD = ["truncated", "empty", "text", "bomb", "large bomb"]
 def test_a_bad_picture_is_an_error_of_one_line_with_its_path(folder, kind, workers):
     for i in range(20): write(folder/f"{i:02}.png", kind)
     sets = create_dataset(config(folder))
-    with pytest.raises(ValueError, match=r"\d\d.png: not a readable image .*repair or remove") as caught:
+    with pytest.raises(ValueError,
+                       match=r"\d\d.png: not a readable image .*repair or remove") as caught:
         next(iter(create_loader(sets.train, 4, seed=0, num_workers=workers)))
     text = str(caught.value)
     assert str(folder) in text and "--data.bad_images skip" in text and "\n" not in text
@@ -103,7 +112,7 @@ def test_a_bad_picture_is_an_error_of_one_line_with_its_path(folder, kind, worke
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_pictures_can_be_left_out_and_counted(folder, kind, workers):
-    "Every good picture comes where it would have come, the bad ones not at all; each is named once."
+    "Every good picture comes where it would have come, no bad one does; each is named once."
     good = create_dataset(config(folder))
     n = len(good.train)
     learned = {good.train.source.load.paths[i].name for i in good.train.indices.tolist()}
@@ -111,7 +120,8 @@ def test_bad_pictures_can_be_left_out_and_counted(folder, kind, workers):
     expected = list(islice(create_loader(good.train, 8, seed=0), 3*n//8))
     for name in bad: write(folder/name, kind)
     numbers = {int(name[:2]) for name in bad}
-    loader = create_loader(create_dataset(config(folder, bad_images="skip")).train, 8, seed=0, num_workers=workers)
+    loader = create_loader(create_dataset(config(folder, bad_images="skip")).train, 8, seed=0,
+                           num_workers=workers)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = list(islice(loader, 3*n//8))
@@ -140,8 +150,8 @@ def test_a_batch_of_which_nothing_is_left(folder, workers):
 @pytest.mark.fault(15)
 def test_a_run_names_the_picture_and_ends_or_goes_on(folder, tmp_path, command):
     for i in range(0, 20, 5): write(folder/f"{i:02}.png", "truncated")
-    argv = words(tmp_path/"run", dataset="folder", root=folder, batch_size=8, max_steps=6, num_classes=0,
-                 guidance_scale=1)
+    argv = words(tmp_path/"run", dataset="folder", root=folder, batch_size=8, max_steps=6,
+                 num_classes=0, guidance_scale=1)
     command.train(*argv)
     command.says(2, folder, ".png: not a readable image", "--data.bad_images skip")
     assert command.err.count("\n") == 1 and not (tmp_path/"run"/"checkpoints").exists()
@@ -157,15 +167,18 @@ def test_a_run_names_the_picture_and_ends_or_goes_on(folder, tmp_path, command):
 def test_a_run_counts_what_is_left_out(folder, tmp_path, command, parts, every):
     "Steps go on with parts of a batch empty; a step of which no image is left at all is the end."
     for i in range(0, 20, 5): write(folder/f"{i:02}.png", "text")
-    argv = words(tmp_path/"run", dataset="folder", root=folder, max_steps=9, num_classes=0, guidance_scale=1,
-                 bad_images="skip", batch_size=4, accumulation=parts, validation_fraction=0.1, log_every=every)
+    argv = words(tmp_path/"run", dataset="folder", root=folder, max_steps=9, num_classes=0,
+                 guidance_scale=1, bad_images="skip", batch_size=4, accumulation=parts,
+                 validation_fraction=0.1, log_every=every)
     command.train(*argv)
     command.says(0, "left out, as data.bad_images is skip")
     sets = create_dataset(config(folder, bad_images="skip"))
     with warnings.catch_warnings(record=True):
         left_out = [4 - len(b.images) for b in islice(create_loader(sets.train, 4, seed=0), 9)]
-    expected = {i + every: sum(left_out[i:i + every]) for i in range(0, 9, every)}  # since the line before
-    found = {row["step"]: row.get("skipped", 0) for row in read_metrics(tmp_path/"run") if "loss" in row}
+    # since the line before
+    expected = {i + every: sum(left_out[i:i + every]) for i in range(0, 9, every)}
+    found = {row["step"]: row.get("skipped", 0) for row in read_metrics(tmp_path/"run")
+             if "loss" in row}
     assert found == expected and sum(left_out) >= 4
     for path in folder.iterdir(): write(path, "text")
     command.train(*argv, "--output_dir", tmp_path/"none")
@@ -179,13 +192,14 @@ def test_a_run_counts_what_is_left_out(folder, tmp_path, command, parts, every):
     ("16 bit.png", lambda: Image.fromarray(np.full((8, 8), 257*100, np.uint16)), (100, 100, 100)),
     ("cmyk.jpg", lambda: Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
     ("palette.png", lambda: Image.new("RGB", (8, 8), (200, 30, 90)).quantize(4), (200, 30, 90)),
-    ("rgba.png", lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 0)), (0, 128, 0)),       # nothing of it: all background
-    ("half.png", lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 128)), (128, 64, 0)),    # half and half
-    ("key.png", lambda: Image.new("P", (8, 8), 0), (0, 128, 0)),                        # palette with a transparent colour
+    ("rgba.png", lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 0)), (0, 128, 0)),  # all background
+    ("half.png", lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 128)), (128, 64, 0)),
+    ("key.png", lambda: Image.new("P", (8, 8), 0), (0, 128, 0)),  # one colour is transparent
 ])
 def test_unusual_pictures_are_seen_as_they_look(folder, name, make, seen):
     for path in folder.iterdir(): path.unlink()
-    for i in range(4): make().save(folder/f"{i} {name}", **({"transparency": 0} if name == "key.png" else {}))
+    for i in range(4):
+        make().save(folder/f"{i} {name}", **({"transparency": 0} if name == "key.png" else {}))
     sets = create_dataset(config(folder, background="green"))
     images = to_uint8(sets.train.batch(torch.arange(len(sets.train))).images)
     assert (images.int() - torch.tensor(seen)[:, None, None]).abs().max() <= 2  # JPEG
@@ -198,24 +212,26 @@ def test_what_else_lies_in_a_folder(tmp_path):
     for name in ("cats/1.png", "cats/2.JPG", "dogs/3.Jpeg", "dogs/deep/4.png"):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path/name)
-    for name in (".ipynb_checkpoints/1-checkpoint.png", "cats/.ipynb_checkpoints/1.png", "cats/._a.png", "._b.png",
-                 ".DS_Store", "cats/Thumbs.db", "notes.txt"):
+    for name in (".ipynb_checkpoints/1-checkpoint.png", "cats/.ipynb_checkpoints/1.png",
+                 "cats/._a.png", "._b.png", ".DS_Store", "cats/Thumbs.db", "notes.txt"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_bytes(b"not a picture")
     paths, labels, classes = scan_folder(tmp_path)
-    assert [p.relative_to(tmp_path).as_posix() for p in paths] == ["cats/1.png", "cats/2.JPG", "dogs/3.Jpeg", "dogs/deep/4.png"]
+    found = [p.relative_to(tmp_path).as_posix() for p in paths]
+    assert found == ["cats/1.png", "cats/2.JPG", "dogs/3.Jpeg", "dogs/deep/4.png"]
     assert (labels, classes) == ([0, 0, 1, 1], ["cats", "dogs"])
     for path in paths: read_image(path)
 
 
 @pytest.mark.fault(16)
 @pytest.mark.parametrize("hollow", ["birds", "."])
-def test_an_empty_folder_is_an_error_with_its_path_and_the_suffixes(folder, tmp_path, command, hollow):
+def test_an_empty_folder_is_named_with_the_suffixes(folder, tmp_path, command, hollow):
     "An empty class, and a folder without any picture."
     root = tmp_path/"all"
     (root/hollow).mkdir(parents=True)
     (root/hollow/"._a.png").write_bytes(b"hidden")
     if hollow != ".": folder.rename(root/"cats")
-    command.train(*words(tmp_path/"run", dataset="folder", root=root, num_classes=0, guidance_scale=1))
+    command.train(*words(tmp_path/"run", dataset="folder", root=root, num_classes=0,
+                         guidance_scale=1))
     command.says(2, root/hollow, "no images", ".png .jpg .jpeg")
     assert not (tmp_path/"run"/"checkpoints").exists()

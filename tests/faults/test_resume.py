@@ -18,7 +18,8 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run = trainer(folder, **PARTS).fit()
     t = run.cfg.training
-    assert (t.accumulation, t.lr_schedule, run.cfg.model.dropout, run.cfg.data.horizontal_flip) == (3, "cosine", 0.1, True)
+    assert (t.accumulation, t.lr_schedule, run.cfg.model.dropout,
+            run.cfg.data.horizontal_flip) == (3, "cosine", 0.1, True)
     assert t.ema_decay and hashes(folder)[0] == "step_00000040"
     return folder
 
@@ -74,7 +75,7 @@ def in_window(run, step, do):
         if run.step == step:
             calls.append(step)
             if len(calls) == 2: do()
-    run.network.register_forward_pre_hook(hook)
+    run.objective.averaged.register_forward_pre_hook(hook)
     return run
 
 
@@ -123,7 +124,8 @@ def test_handlers_come_back_after_a_crash_too(tmp_path):
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_the_command_ends_as_a_shell_expects(tmp_path, monkeypatch, command, name, code):
     class Send(Callback):
-        def begin(self, trainer): in_window(trainer, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        def begin(self, trainer):
+            in_window(trainer, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
     default = training.default_callbacks
     monkeypatch.setattr(training, "default_callbacks", lambda cfg: [*default(cfg), Send()])
     command.train(*words(tmp_path, **PARTS))
@@ -149,7 +151,7 @@ class Begun(Callback):
     def begin(self, trainer): os.write(self.pipe, b".")
 
 def start(folder, die_at_sync=None):
-    "A process that begins, or goes on, and perhaps kills itself when it is about to write through to the disk."
+    "A process that begins, or goes on, and may kill itself just before it writes through."
     heard, pipe = os.pipe()
     if child := os.fork(): return child, heard
     sync, calls = os.fsync, []
@@ -167,7 +169,8 @@ def start(folder, die_at_sync=None):
 def check(folder):
     "There is a valid checkpoint, and what is lost is at most what lies between two."
     there = load_checkpoint(folder).step
-    made = max([row["step"] for row in read_metrics(folder)], default=0) if (folder/"metrics.jsonl").exists() else 0
+    rows = read_metrics(folder) if (folder/"metrics.jsonl").exists() else []
+    made = max([row["step"] for row in rows], default=0)
     assert 0 <= made - there <= EVERY, (made, there)
     return there
 
@@ -175,11 +178,11 @@ begun = time.perf_counter()
 assert os.waitpid(start(folder/"whole")[0], 0)[1] == 0
 straight = time.perf_counter() - begun
 found = []
-trainer(folder/"killed", max_steps=100).save()  # a run that has saved nothing yet has nothing to lose
+trainer(folder/"killed", max_steps=100).save()  # without a save there is nothing to lose
 wait_for_checkpoints()
 for k in range(20):
     child, heard = start(folder/"killed")
-    if k % 2: os.read(heard, 1)  # every second one is killed in its loop, the others wherever they are
+    if k % 2: os.read(heard, 1)  # every second one is killed in its loop, the others anywhere
     time.sleep(random.uniform(0, straight/10))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -214,7 +217,8 @@ def stopped(tmp_path):
 def test_a_changed_learning_rate_is_printed_and_allowed(stopped, command):
     command.train("--resume", stopped, "--learning_rate", "1e-4", "--max_steps", "7")
     assert command.code == 0, command.err
-    for line in ("training.learning_rate: 0.002 -> 0.0001", "training.max_steps: 40 -> 7", "resumed at step 5"):
+    for line in ("training.learning_rate: 0.002 -> 0.0001", "training.max_steps: 40 -> 7",
+                 "resumed at step 5"):
         assert line in command.out.splitlines()
     assert steps(stopped) == [5, 7]
 

@@ -1,4 +1,4 @@
-"Faults 5 to 10, 12, 22, 25 to 27: what a whole run makes of a full disk, damage, malice and strangers' files."
+"Faults 5 to 10, 12, 22, 25 to 27: a whole run and a full disk, damage, malice, others' files."
 import hashlib, io, json, os, pickle, re, shutil, subprocess, sys, tempfile, zipfile
 
 import pytest
@@ -52,7 +52,8 @@ def test_a_disk_that_is_full_says_how_much_it_needs_and_keeps_the_last(run):
     done = python(run.parent, LIMITED, "--resume", run)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for part in ("could not save step 15", "MB free at", str(run), "last good: step 10",
-                 "logging.keep_checkpoints", "logging.output_dir"): assert part in done.stderr, done.stderr
+                 "logging.keep_checkpoints", "logging.output_dir"):
+        assert part in done.stderr, done.stderr
     needed = float(re.search(r"it needs ([\d.]+) MB", done.stderr)[1])
     assert abs(needed - size/1e6) <= 0.1  # one digit is told
     assert steps(run) == [5, 10]
@@ -76,7 +77,8 @@ def test_the_only_checkpoint_survives_a_save_that_fails(tmp_path, monkeypatch):
     before = hashes(tmp_path)
     def fail(*_, **__): raise OSError("the writer broke")
     monkeypatch.setattr(module, "save_config", fail)
-    with pytest.raises(OSError, match="the writer broke"): resumed(tmp_path, keep_checkpoints=1).fit()
+    with pytest.raises(OSError, match="the writer broke"):
+        resumed(tmp_path, keep_checkpoints=1).fit()
     assert steps(tmp_path) == [5] and hashes(tmp_path) == before
     monkeypatch.undo()
     resumed(tmp_path, At(12, stop), keep_checkpoints=1).fit()
@@ -93,7 +95,8 @@ def damage(path, kind):
     else: os.truncate(path, 0 if kind == "empty" else size//2)
 
 
-KINDS = [pytest.param(k, marks=pytest.mark.fault(9 if k == "one bit" else 8)) for k in ("truncated", "empty", "one bit")]
+KINDS = [pytest.param(k, marks=pytest.mark.fault(9 if k == "one bit" else 8))
+         for k in ("truncated", "empty", "one bit")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +136,8 @@ class Stranger:
      lambda path: torch.load(io.BytesIO(path.read_bytes()), weights_only=False)),
     (lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
      lambda path: torch.load(io.BytesIO(path.read_bytes()), weights_only=False)),
-    (lambda x, path: path.write_bytes(pickle.dumps(x)), lambda path: pickle.loads(path.read_bytes()))],
+    (lambda x, path: path.write_bytes(pickle.dumps(x)),
+     lambda path: pickle.loads(path.read_bytes()))],
     ids=["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors"])
 def test_a_file_that_would_run_code(run, command, write, read, name):
@@ -141,7 +145,8 @@ def test_a_file_that_would_run_code(run, command, write, read, name):
     write({"optimizer": Stranger(str(mark))}, newest(run)/name)
     reseal(newest(run))
     command.train("--resume", run)
-    command.says(2, newest(run)/name, "refused" if name == "trainer.pt" else "not a safetensors file")
+    command.says(2, newest(run)/name, "refused" if name == "trainer.pt"
+                 else "not a safetensors file")
     assert not mark.exists()
     read(newest(run)/name)
     assert mark.exists()  # a careless reader would have run it
@@ -152,7 +157,8 @@ def test_a_file_that_would_run_code(run, command, write, read, name):
 @pytest.mark.fault(12)
 def test_optimizer_state_is_not_weights(run, command):
     command.sample("--checkpoint", newest(run)/"trainer.pt")
-    command.says(2, newest(run)/"trainer.pt", "is optimizer state, not weights", f"pass the checkpoint's folder, {newest(run)}")
+    command.says(2, newest(run)/"trainer.pt", "is optimizer state, not weights",
+                 f"pass the checkpoint's folder, {newest(run)}")
 
 
 @pytest.mark.fault(12)
@@ -164,14 +170,17 @@ def test_weights_of_a_wrapped_network_train_on(run, prefix, ten):
         save_file({prefix + k: v for k, v in load_file(file).items()}, file)
     reseal(newest(run))
     again, plain = resumed(run), resumed(ten)
-    for a, b in zip(again.network.state_dict().values(), plain.network.state_dict().values(), strict=True):
+    for a, b in zip(again.objective.averaged.state_dict().values(), plain.objective.averaged.state_dict().values(),
+                    strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(again.ema.network.state_dict().values(), plain.ema.network.state_dict().values(), strict=True):
+    for a, b in zip(again.ema.network.state_dict().values(),
+                    plain.ema.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
-# -- names that lead elsewhere. A run has no name but its directory, which the user chooses, so that /etc/x is his own
-# wish; what comes from others are a manifest and its class names. No archive is unpacked here: torch reads trainer.pt
+# -- names that lead elsewhere. A run has no name but its directory, which the user chooses, so that
+# /etc/x is his own wish; what comes from others are a manifest and its class names. No archive is
+# unpacked here: torch reads trainer.pt
 # from within, and torchvision unpacks its own downloads, held to their checksums.
 
 def everything(folder): return {p.relative_to(folder) for p in folder.rglob("*")}
@@ -204,7 +213,8 @@ def test_a_manifest_that_lists_files_elsewhere(run, command):
     secret.write_text("x")
     for name in ("../../../secret", str(secret)):
         files = json.loads((newest(run)/"manifest.json").read_text())["files"]
-        reseal(newest(run), files=files | {name: {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}})
+        reseal(newest(run),
+               files=files | {name: {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}})
         command.train("--resume", newest(run))
         command.says(2, newest(run)/"manifest.json", name)
         shutil.copytree(newest(run).with_name("step_00000005"), newest(run), dirs_exist_ok=True)
@@ -212,7 +222,7 @@ def test_a_manifest_that_lists_files_elsewhere(run, command):
 
 @pytest.mark.fault(22)
 def test_an_archive_with_a_way_out(run):
-    "`trainer.pt` is a zip file: with an entry named ../e it is refused, and nothing is written anywhere."
+    "`trainer.pt` is a zip file: with an entry named ../e it is refused, and nothing is written."
     file = newest(run)/"trainer.pt"
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("../e", "gone")
@@ -229,7 +239,8 @@ def test_a_directory_in_use_is_refused_with_and_without_resume(run, command):
     with run_lock(run, 40) as tell:
         tell("running", 10)
         command.train("--resume", run, "--max_steps", "12")
-        command.says(1, f"run directory '{run}' is in use by process {os.getpid()}", "at step 10", "--output_dir")
+        command.says(1, f"run directory '{run}' is in use by process {os.getpid()}", "at step 10",
+                     "--output_dir")
         assert steps(run) == [5, 10]
     command.train(*words(run))
     command.says(2, f"logging.output_dir: '{run}' already holds a run", "--resume", "another place")
@@ -244,15 +255,18 @@ def test_a_directory_in_use_is_refused_with_and_without_resume(run, command):
 @pytest.mark.slow_fault
 def test_two_started_at_once(tmp_path):
     "One has it, the other is told so; the first is not disturbed."
-    code = "import sys; from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))"
-    start = lambda: subprocess.Popen([sys.executable, "-c", code, *words(tmp_path/"run", max_steps=40)], env=ENVIRONMENT,
+    code = ("import sys; "
+            "from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))")
+    start = lambda: subprocess.Popen([sys.executable, "-c", code,
+                                      *words(tmp_path/"run", max_steps=40)], env=ENVIRONMENT,
                                      text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     done = [(p, *p.communicate(timeout=120)) for p in [start(), start()]]
     (lost, _, complaint), (won, _, quiet) = sorted(done, key=lambda d: -d[0].returncode)
     assert won.returncode == 0 and lost.returncode in (1, 2), complaint + quiet
     assert "is in use by process" in complaint or "already holds a run" in complaint, complaint
     assert steps(tmp_path/"run")[-1] == 40
-    assert [row["step"] for row in read_metrics(tmp_path/"run") if "loss" in row] == list(range(1, 41))
+    assert [row["step"] for row in read_metrics(tmp_path/"run")
+            if "loss" in row] == list(range(1, 41))
 
 
 # -- devices and trackers
@@ -274,7 +288,8 @@ def test_a_run_from_a_gpu_goes_on_without_one(run, monkeypatch, ten):
 def test_trackers_that_fail_do_not_stop_a_run(tmp_path, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     tmp_path.joinpath("run").mkdir()
-    (tmp_path/"run"/"tensorboard").write_text("in the way")  # root may write into a read-only directory
+    # root may write into a read-only directory
+    (tmp_path/"run"/"tensorboard").write_text("in the way")
     command.train(*words(tmp_path/"run", trackers="tensorboard,wandb", max_steps=3))
     command.says(0, "tracker tensorboard failed", "tracker wandb failed", "training goes on",
                  "pip install 'diffusion_model[wandb]'")

@@ -39,7 +39,8 @@ def test_base_channels_that_cannot_be(channels, says):
 
 @pytest.mark.mended(10)
 def test_the_suggested_channels_are_accepted():
-    for channels in (4, 24, 26): load_config("quickstart", {"base_channels": channels, "norm_groups": 1})
+    for channels in (4, 24, 26):
+        load_config("quickstart", {"base_channels": channels, "norm_groups": 1})
 
 
 # -- 21: files
@@ -168,7 +169,8 @@ def test_values_from_python(overrides, section, field, value):
 
 @pytest.mark.mended(21)
 def test_wrong_values_from_python_are_told_like_others():
-    said = lines("quickstart", {"max_steps": None, "lerning_rate": 1, 5: 6, "training": {"seed": 1}})
+    said = lines("quickstart", {"max_steps": None, "lerning_rate": 1, 5: 6,
+                                "training": {"seed": 1}})
     for part in ("training.max_steps: found None; allowed: a whole number >= 1",
                  "lerning_rate: no such section or field; did you mean training.learning_rate?",
                  "5: no such section or field", "training: is a section"):
@@ -184,7 +186,8 @@ def test_a_negated_switch_takes_no_value():
 # -- 21: EDM's weighting
 
 @pytest.mark.mended(21)
-@pytest.mark.parametrize("schedule, prediction", [("flow", "x0"), ("cosine", "eps"), ("linear", "x0")])
+@pytest.mark.parametrize("schedule, prediction", [("flow", "x0"), ("cosine", "eps"),
+                                                  ("linear", "x0")])
 def test_edms_weighting_where_it_has_no_bound(schedule, prediction):
     words = {"schedule": schedule, "prediction": prediction, "loss_weighting": "edm"}
     line, = lines("default", words)
@@ -198,7 +201,8 @@ def test_edms_weighting_where_it_has_no_bound(schedule, prediction):
 
 def test_edms_weighting_on_its_own_schedule():
     for prediction in ("edm", "x0", "eps", "v"):
-        load_config("default", {"schedule": "ve", "prediction": prediction, "loss_weighting": "edm"})
+        load_config("default", {"schedule": "ve", "prediction": prediction,
+                                "loss_weighting": "edm"})
 
 
 @pytest.mark.mended(21)
