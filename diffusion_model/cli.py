@@ -314,8 +314,8 @@ def sample_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw images from a trained model: PNG files, written as they are drawn, and a "
                     "grid of the first 64.",
-        epilog="Everything else comes from the checkpoint's own config. The fields of its sampling\n"
-               "section can be given too, those above and the others, as --field VALUE:\n"
+        epilog="Everything else comes from the checkpoint's own config. The fields of its\n"
+               "sampling section can be given too, as --field VALUE:\n"
                + config_help(only="sampling") + "\n\nexamples:\n"
                "  diffusion-sample --checkpoint outputs/quickstart --labels star,heart\n"
                "  diffusion-sample --checkpoint outputs/quickstart --solver ddpm --steps 100")
@@ -353,7 +353,8 @@ def _sampling_words(args, overrides: list[str]) -> list[str]:
     values, lines = parse_overrides(overrides)
     free = ", ".join(f"--{field}" for field in SamplingConfig.model_fields)
     lines += [f"{section}.{field}: was settled when the model was trained; what can be chosen now "
-              f"are --device, --labels, --seed and {free}" for section, fields in values.items() for field in fields if section != "sampling"]
+              f"are --device, --labels, --seed and {free}"
+              for section, fields in values.items() if section != "sampling" for field in fields]
     if lines: raise ConfigError(lines)
     return [f"--{k}={v}" for k, v in given.items() if v is not None] + overrides
 
