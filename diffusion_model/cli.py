@@ -252,7 +252,7 @@ def _create_trainer(cfg: Config, named: bool):
 
 def train(args, overrides) -> int:
     "Train, as the command line says."
-    if not (args.config or args.resume or overrides): raise ConfigError([
+    if args.config is None and args.resume is None and not overrides: raise ConfigError([
         "nothing says what to train: try --config quickstart, which needs no data and a few "
         f"minutes; other configs are {', '.join(list_configs())}; --help says more"])
     cfg, path = _train_config(args, overrides)
