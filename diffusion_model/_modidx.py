@@ -286,6 +286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'diffusion_model/config.py'),
                                         'diffusion_model.config._move': ('config.html#_move', 'diffusion_model/config.py'),
                                         'diffusion_model.config._not_its_own': ('config.html#_not_its_own', 'diffusion_model/config.py'),
+                                        'diffusion_model.config._nothing': ('config.html#_nothing', 'diffusion_model/config.py'),
                                         'diffusion_model.config._over': ('config.html#_over', 'diffusion_model/config.py'),
                                         'diffusion_model.config._parse': ('config.html#_parse', 'diffusion_model/config.py'),
                                         'diffusion_model.config._plain': ('config.html#_plain', 'diffusion_model/config.py'),

@@ -10,11 +10,11 @@ __all__ = ['REGISTRIES', 'Probability', 'Share', 'Noise', 'Seed', 'Count', 'SOLV
            'load_saved_config', 'config_help']
 
 # %% ../nbs/20_config.ipynb #d0caca96
+import dataclasses
 import difflib
 import math
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,26 +55,29 @@ def _resolve(kind, pattern, first, build):
     _Loader.add_constructor(tag, lambda loader, node: build(loader.construct_scalar(node)))
 
 
+def _nothing(text: str) -> None: "However it is written: ~, null, or not at all."
+
+
 def _whole(text: str):
     "A whole number; more digits than Python reads (4,300) stay text, and are refused as such."
     try: return int(text)
     except ValueError: return text
 
 
-_resolve("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda s: None)
+_resolve("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], _nothing)
 _resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"), lambda s: s[0] in "tT")
 _resolve("int", r"^[-+]?[0-9]+$", list("-+0123456789"), _whole)
 _resolve("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
          list("-+0123456789."), float)
 
 # %% ../nbs/20_config.ipynb #6dc4d573
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Registry:
     "A dictionary whose keys are what a field may say. Goes into the field's `Annotated` type."
     module: str                  # of diffusion_model; never imported here
     table: str                   # the dictionary's name in it
     shipped: tuple[str, ...]     # the keys that the library itself brings
-    renamed: dict = field(default_factory=dict)  # names of older versions -> names now
+    renamed: dict = dataclasses.field(default_factory=dict)  # older versions' names -> names now
 
     def names(self) -> list[str]:
         "All names: the registry's keys where its module is loaded, else the shipped ones."
