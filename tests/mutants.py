@@ -95,14 +95,20 @@ def plant(mistake: Mistake, root: Path = ROOT) -> dict[Path, str]:
     try: ast.parse(changed)
     except SyntaxError as error: raise ValueError(f"the mistake is no Python: {error}") from error
     book = json.loads(where.notebook.read_text())
+    old, new = as_in_notebooks(mistake.old), as_in_notebooks(mistake.new)
     cells = [c for c in book["cells"] if c["cell_type"] == "code"
              and re.search(r"^#\| *exports?\b", "".join(c["source"]), re.M)
-             and mistake.old in "".join(c["source"])]
+             and old in "".join(c["source"])]
     if len(cells) != 1: raise ValueError(
         f"the text stands in {len(cells)} exported cells of {where.notebook.name}, not in one")
-    source = "".join(cells[0]["source"]).replace(mistake.old, mistake.new)
-    cells[0]["source"] = source.splitlines(keepends=True)
+    cells[0]["source"] = "".join(cells[0]["source"]).replace(old, new).splitlines(keepends=True)
     return {where.module: changed, where.notebook: json.dumps(book)}
+
+
+def as_in_notebooks(text: str) -> str:
+    "nbdev writes `from .unet import x` in a module for what is absolute in its notebook."
+    text = re.sub(r"from \. import", "from diffusion_model import", text)
+    return re.sub(r"from \.(\w)", r"from diffusion_model.\1", text)
 
 
 def tests_of(module: str, root: Path = ROOT) -> list[Path]:
@@ -272,7 +278,8 @@ def main() -> int:
         bench = Bench(Path(folder), args.jobs, args.resume)
         asked = [(kind, module) for module in dict.fromkeys(m.module for m in wanted)
                  for kind in kinds]
-        sound = list(pool.map(lambda a: bench.ask(*a), tqdm(asked, desc="as it is")))
+        work = pool.map(lambda a: bench.ask(*a), asked)
+        sound = list(tqdm(work, total=len(asked), desc="as it is"))
         broken = {module for (_, module), answer in zip(asked, sound) if answer["noticed"]}
         for (kind, module), answer in zip(asked, sound):
             if answer["noticed"]: print(f"{module}: its {kind} fails as it is: {answer['why']}")

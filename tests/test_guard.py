@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mutants
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,6 +237,17 @@ def test_make_measures_every_benchmark():
     text = (ROOT/"Makefile").read_text()
     for path in (ROOT/"benchmarks").glob("*.py"):
         assert f"benchmarks/{path.name}" in text, f"make benchmarks leaves {path.name} out"
+
+
+# -- mistakes to plant
+def test_every_planted_mistake_is_found():
+    "`make mutants` plants what stands there: an edit of the code takes its mistakes along."
+    planted = mutants.mistakes()
+    assert not (lost := mutants.lost(planted)), "\n".join(lost)
+    names = [(m.module, m.name) for m in planted]
+    assert len(names) == len(set(names)) >= 120
+    assert sum(m.glue for m in planted) >= len(planted)/2
+    assert {m.module for m in planted} == set(MODULES), "a module without a mistake"
 
 
 def test_readme_is_the_index():
