@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_model.checkpoint import load_network
 from diffusion_model.dataset import create_dataset, create_loader
-from diffusion_model.denoiser import create_denoiser
-from diffusion_model.sampler import create_sampler
-from diffusion_model.training import data_range
+from diffusion_model.generation import generate, load_denoiser
+from diffusion_model.transforms import to_float
 
 
 def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.SiLU())
@@ -31,24 +29,23 @@ def classifier(sets, size, steps=500):
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, steps)
     for batch, _ in zip(create_loader(sets.train, 128, seed=1), range(steps)):
         x = batch.images + 0.05*torch.randn_like(batch.images)
-        F.cross_entropy(net(x), batch.labels).backward()
+        F.cross_entropy(net(x), batch.cond).backward()
         adam.step(), rate.step(), adam.zero_grad()
     return net.eval()
 
 
 @torch.no_grad()
 def main(run="outputs/quickstart", n=256):
-    network, cfg = load_network(run)
-    sets = create_dataset(cfg.data)
-    with torch.enable_grad(): judge = classifier(sets, cfg.data.image_size)
+    denoiser = load_denoiser(run)
+    sets = create_dataset(denoiser.config.data)
+    with torch.enable_grad(): judge = classifier(sets, denoiser.config.data.image_size)
     x, y, _ = sets.test.batch(torch.arange(4000), torch.arange(4000))
     print(f"classifier on 4,000 held-out images: {(judge(x).argmax(1) == y).float().mean():.2%}")
-    y = torch.arange(n) % cfg.model.num_classes
-    states = create_sampler(cfg.sampling, *data_range(cfg))
+    y = torch.arange(n) % denoiser.num_classes
     start = time.perf_counter()
-    *_, last = states(create_denoiser(cfg.diffusion, network), (n, *x.shape[1:]), cond=y, seed=1)
+    images = torch.cat([drawn.images for drawn in generate(denoiser, n, y, seed=1)])
     seconds = time.perf_counter() - start
-    right = judge(last.x).argmax(1) == y
+    right = judge(to_float(images)).argmax(1) == y
     print(f"of {n} generated images, given the class they were asked for: "
           f"{right.float().mean():.2%} "
           f"({seconds:.0f} s for all)")

@@ -24,14 +24,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from diffusion_model.callbacks import Callback, Log
 from diffusion_model.checkpoint import load_checkpoint, save_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.dataset import ArraySource, ImageSet, create_dataset
 from diffusion_model.denoiser import create_denoiser, diffusion_loss
 from diffusion_model.ema import EMA
+from diffusion_model.networks import create_network
 from diffusion_model.optimizer import create_optimizer
-from diffusion_model.training import Callback, Log, Trainer
-from diffusion_model.unet import create_unet
+from diffusion_model.training import Trainer
 
 
 def timed(call, *args, **kwargs):
@@ -43,7 +44,7 @@ def timed(call, *args, **kwargs):
 def run():
     "Config, network, average and optimizer, after one step on random gradients."
     config = load_config("default")
-    network = create_unet(config)
+    network = create_network(config.model, (3, 32, 32))
     ema, optimizer = EMA(network), create_optimizer(config.training, network)
     for p in network.parameters(): p.grad = torch.randn_like(p)
     optimizer.step()
@@ -85,7 +86,7 @@ class Bare(Callback):
         cfg = trainer.cfg
         last = cfg.training.channels_last
         layout = torch.channels_last if last else torch.contiguous_format
-        self.network = create_unet(cfg).to(memory_format=layout).train()
+        self.network = create_network(cfg.model, (3, 32, 32)).to(memory_format=layout).train()
         self.denoiser = create_denoiser(cfg.diffusion, self.network)
         self.ema = EMA(self.network, cfg.training.ema_decay)
         self.optimizer = create_optimizer(cfg.training, self.network)

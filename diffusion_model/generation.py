@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_network', 'load_denoiser', 'Drawn', 'generate']
 
-# %% ../nbs/40_generation.ipynb #9003b472
+# %% ../nbs/40_generation.ipynb #757012b8
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .networks import create_network
 from .sampler import create_sampler
 from .space import create_space
 
-# %% ../nbs/40_generation.ipynb #24a498e9
+# %% ../nbs/40_generation.ipynb #abb508b7
 def load_network(
     path,                       # a run directory, a step directory, or a `Checkpoint`
     ema: bool | str = True,     # averaged weights, where there are any; or the name of an average
@@ -52,7 +52,7 @@ def _described(checkpoint: Checkpoint) -> nn.Module:
         f"pass one like it to be filled, network={name}(...)")
     return create_network(cfg.model, create_space(cfg.data).shape)
 
-# %% ../nbs/40_generation.ipynb #0a83c7d6
+# %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(
     path,                       # a run directory (newest checkpoint), a step, or a `Checkpoint`
     ema: bool | str = True,     # as for `load_network`
@@ -67,7 +67,7 @@ def load_denoiser(
     denoiser.classes = checkpoint.classes
     return denoiser
 
-# %% ../nbs/40_generation.ipynb #0ded93c1
+# %% ../nbs/40_generation.ipynb #688170ab
 class Drawn(NamedTuple):
     "A batch of finished images."
     first: int          # the number of the first
@@ -86,7 +86,7 @@ def _draw(sampler, denoiser, space, shape, keep, tick, **where) -> tuple[Tensor,
         "(NaN or infinite); use precision fp32, another solver, or another checkpoint")
     return space.decode(state.x).cpu(), film
 
-# %% ../nbs/40_generation.ipynb #925ce904
+# %% ../nbs/40_generation.ipynb #32d8107e
 def _smaller(size: int) -> int:
     "Half of a batch that did not fit into memory."
     if size == 1: raise torch.OutOfMemoryError(
@@ -104,7 +104,7 @@ def _checked_count(cond, n: int) -> None:
         return c
     map_cond(check, cond)
 
-# %% ../nbs/40_generation.ipynb #a9d28e9d
+# %% ../nbs/40_generation.ipynb #29afa844
 def generate(
     denoiser,                # as `load_denoiser` gives it; else pass sampling and space too
     n: int,                  # images

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOLDEN_RATIO', 'OBJECTIVES', 'spread_uniform', 'Objective', 'held_out', 'Diffusion', 'create_objective']
 
-# %% ../nbs/30_objective.ipynb #f08de4d0
+# %% ../nbs/30_objective.ipynb #e159f308
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +21,7 @@ from .networks import create_network
 from .processes import World
 from .space import create_space
 
-# %% ../nbs/30_objective.ipynb #589d0aa1
+# %% ../nbs/30_objective.ipynb #ed7d2544
 GOLDEN_RATIO = (5**0.5 - 1)/2
 
 
@@ -34,7 +34,7 @@ def spread_uniform(
     fraction = (positions.cpu().double()*GOLDEN_RATIO + shift).remainder(1)
     return fraction.float().clamp(max=1 - 2**-24)
 
-# %% ../nbs/30_objective.ipynb #cc6f6bd9
+# %% ../nbs/30_objective.ipynb #0ec88629
 class Objective(nn.Module):
     "What is trained. A subclass has a `network`, or says otherwise in `networks`, and a `loss`."
     network_name: str | None = None  # the class of a network that no config describes
@@ -58,7 +58,7 @@ class Objective(nn.Module):
     def draw(self, n: int, keep: int = 0):
         "(uint8 images, frames of the first `keep`), or None where there is nothing to show."
 
-# %% ../nbs/30_objective.ipynb #66add294
+# %% ../nbs/30_objective.ipynb #8dd16c58
 def held_out(
     data: ImageSet,
     world: World,     # each process has its share
@@ -72,7 +72,7 @@ def held_out(
         x, cond, at = data.batch(at, at)
         if len(at): yield Batch(x.to(device), map_cond(lambda c: c.to(device), cond), at)
 
-# %% ../nbs/30_objective.ipynb #77b98aff
+# %% ../nbs/30_objective.ipynb #c19252ae
 @patch
 @torch.no_grad()
 def validate(self: Objective,
@@ -88,7 +88,7 @@ def validate(self: Objective,
     total, count = world.sum(losses.sum().item(), len(losses))
     return {"validation_loss": total/count}
 
-# %% ../nbs/30_objective.ipynb #20e66752
+# %% ../nbs/30_objective.ipynb #9d7f3377
 class Diffusion(Objective):
     "Learn to denoise (Ho et al. 2020, Algorithm 1), for any schedule, prediction and network."
     def __init__(self,
@@ -112,7 +112,7 @@ class Diffusion(Objective):
             f"model.num_classes: found {wanted}; the data in '{self.cfg.data.root}' has "
             f"{there or 'no'} classes: choose {there}"])
 
-# %% ../nbs/30_objective.ipynb #0956d14f
+# %% ../nbs/30_objective.ipynb #c2dc0529
 @patch
 def loss(self: Diffusion, batch: Batch) -> Tensor:  # (B,)
     "Each sample's loss; noise, time and hidden condition come from its position."
@@ -141,7 +141,7 @@ def error(self: Diffusion, x0: Tensor, noise: Tensor, t: Tensor, cond) -> Tensor
     return diffusion_loss(self.denoiser, x0, noise, t, cond, weighting=d.loss_weighting,
                           gamma=d.min_snr_gamma, bias=d.sigmoid_bias)
 
-# %% ../nbs/30_objective.ipynb #525029b8
+# %% ../nbs/30_objective.ipynb #ce995eaa
 @patch
 def condition(self: Diffusion,
     cond,                 # the batch's
@@ -152,7 +152,7 @@ def condition(self: Diffusion,
     if null is None or hide is None: return None if null is None else cond
     return drop_cond(cond, hide, self.cfg.training.label_dropout, null)
 
-# %% ../nbs/30_objective.ipynb #6374a75b
+# %% ../nbs/30_objective.ipynb #18077719
 @patch
 @torch.no_grad()
 def validate(self: Diffusion,
@@ -172,7 +172,7 @@ def validate(self: Diffusion,
     by_time = {f"validation_loss_q{i}": v for i, v in enumerate((sums/counts).tolist(), 1)}
     return {"validation_loss": (sums.sum()/counts.sum()).item(), **by_time}
 
-# %% ../nbs/30_objective.ipynb #659dca9c
+# %% ../nbs/30_objective.ipynb #73cb4229
 @patch
 def draw(self: Diffusion,
     n: int,         # images
@@ -188,7 +188,7 @@ def draw(self: Diffusion,
                           keep=keep))
     return torch.cat([d.images for d in drawn]), drawn[0].film
 
-# %% ../nbs/30_objective.ipynb #e8f13cf5
+# %% ../nbs/30_objective.ipynb #6153fa77
 #: name -> function(cfg, datasets, network=None) -> Objective; `training.objective` of a config
 OBJECTIVES = {"diffusion": Diffusion}
 

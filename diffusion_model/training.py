@@ -60,7 +60,7 @@ class Trainer:
     @cached_property
     def data(self) -> dict: return describe_data(self.datasets)  # what a resumed run must find
 
-# %% ../nbs/31_training.ipynb #c897a613
+# %% ../nbs/31_training.ipynb #26113d64
 @patch
 def _create(self: Trainer, t, network):
     "The objective, its averages, and what moves it."
@@ -112,7 +112,7 @@ def _zeros(batch: Batch) -> Batch:
     one = lambda v: v.new_zeros(1, *v.shape[1:])
     return Batch(one(batch.images), map_cond(one, batch.cond), one(batch.positions))
 
-# %% ../nbs/31_training.ipynb #1659c797
+# %% ../nbs/31_training.ipynb #14ff5864
 @patch
 def backward(self: Trainer, batch: Batch) -> Tensor:  # (B,) losses of this process's samples
     "Gradients of the batch's mean loss, summed over parts and averaged over processes."
@@ -152,7 +152,7 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     return {"loss": loss/seen, "lr": lr, "grad_norm": norm*t.batch_size/seen,
             "skipped": t.batch_size - int(seen)}
 
-# %% ../nbs/31_training.ipynb #8fcd4712
+# %% ../nbs/31_training.ipynb #b50db1ca
 @patch
 def _moved(self: Trainer, batch: Batch) -> Batch:
     "The batch on the run's device; positions stay on the CPU, where counters are."
@@ -238,7 +238,7 @@ def fit(self: Trainer) -> "Trainer":
         self.write_status("finished" if done else "stopped", self.step)
     return self
 
-# %% ../nbs/31_training.ipynb #2e39a20b
+# %% ../nbs/31_training.ipynb #d46e8740
 @patch
 def _after_step(self: Trainer, metrics: dict):
     "Call the callbacks, by kind; a step that was made is saved even where one of them fails."
@@ -291,7 +291,7 @@ def _size(self: Trainer) -> list:
     "Name and number of weights of each network."
     return [(n, sum(p.numel() for p in m.parameters())) for n, m in self.objective.networks.items()]
 
-# %% ../nbs/31_training.ipynb #998cac88
+# %% ../nbs/31_training.ipynb #8c982349
 @patch
 @contextlib.contextmanager
 def averaged(self: Trainer):
@@ -345,7 +345,7 @@ def resume(self: Trainer,
     self.step = checkpoint.step
     return changes
 
-# %% ../nbs/31_training.ipynb #b99243e5
+# %% ../nbs/31_training.ipynb #4cf60501
 @patch
 def _other_data(self: Trainer, then: dict | None) -> list[str]:
     "How the data differ from those that the run has seen. Raises unless that is accepted."

@@ -845,7 +845,8 @@ def test_a_run_of_0_1_0_opens_and_says_what_is_new(tmp_path):
 
 
 def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
-    from diffusion_model.training import Callback, Trainer
+    from diffusion_model.callbacks import Callback
+    from diffusion_model.training import Trainer
     losses = []
     class Note(Callback):
         def after_step(self, trainer, metrics): losses.append(metrics["loss"])

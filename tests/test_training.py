@@ -5,14 +5,16 @@ import os
 import pytest
 import torch
 
-from diffusion_model.checkpoint import list_checkpoints, load_checkpoint, load_network
+from diffusion_model.callbacks import (
+    Callback, DrawSamples, LearningRate, Log, SaveCheckpoints, StopEarly, Validate)
+from diffusion_model.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_model.cli import sample_command
 from diffusion_model.config import ConfigError, load_config
 from diffusion_model.dataset import create_loader
+from diffusion_model.generation import load_network
+from diffusion_model.objective import spread_uniform
 from diffusion_model.tracking import read_metrics, read_status
-from diffusion_model.training import (Callback, DrawSamples, LearningRate, Log, SaveCheckpoints,
-                                      StopEarly, Trainer, Validate, spread_uniform,
-                                      validation_losses)
+from diffusion_model.training import Trainer
 
 SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",
          "channel_multipliers": "[1]", "num_res_blocks": 1, "image_size": 8, "batch_size": 6,
@@ -46,7 +48,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, parts):
         trainer = Trainer(small(tmp_path, accumulation=accumulation, dropout=0, max_grad_norm=0),
                           callbacks=[])
         told = trainer.train_step(create_loader(trainer.datasets.train, 6, seed=0).at(0))
-        return torch.cat([p.grad.flatten() for p in trainer.network.parameters()]), told
+        return torch.cat([p.grad.flatten() for p in trainer.objective.averaged.parameters()]), told
     (whole, told), (sum_, told_of_parts) = gradient(1), gradient(parts)
     torch.testing.assert_close(sum_, whole, rtol=1e-4, atol=1e-6)
     assert told_of_parts["loss"] == pytest.approx(told["loss"], rel=1e-5)
@@ -62,12 +64,12 @@ def test_fp16_halves_a_scale_that_is_too_large_and_keeps_it(tmp_path):
     trainer = Trainer(small(tmp_path, precision="fp16"), callbacks=[])
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.**40)
     batch = create_loader(trainer.datasets.train, 6, seed=0).at(0)
-    before = [p.clone() for p in trainer.network.parameters()]
+    before = [p.clone() for p in trainer.objective.averaged.parameters()]
     told = trainer.train_step(batch)
     scale = trainer.scaler.get_scale()
     assert scale < 2.**40 and trainer.step == 1 and told["grad_norm"] < 1e4
-    assert all(p.isfinite().all() for p in trainer.network.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters()))
+    assert all(p.isfinite().all() for p in trainer.objective.averaged.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.objective.averaged.parameters()))
     trainer.save()
     again = Trainer(small(tmp_path, precision="fp16"), callbacks=[])
     again.resume(tmp_path)
@@ -78,11 +80,11 @@ def test_nan_in_fp16_is_an_error_not_a_loop(tmp_path):
     trainer = Trainer(small(tmp_path, precision="fp16"), callbacks=[])
     batch = create_loader(trainer.datasets.train, 6, seed=0).at(0)
     batch.images[2] = torch.nan
-    before = [p.clone() for p in trainer.network.parameters()]
+    before = [p.clone() for p in trainer.objective.averaged.parameters()]
     with pytest.raises(FloatingPointError,
                        match=r"step 0: the loss is not finite .*samples 2 \(image \d+\)"):
         trainer.train_step(batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.objective.averaged.parameters()))
 
 
 def test_epochs_are_counted_in_steps(tmp_path):
@@ -160,12 +162,15 @@ def test_several_averages_are_saved_resumed_and_sampled_from(tmp_path):
 
 def test_validation_is_the_same_every_time_and_told_by_quarters(tmp_path):
     trainer = Trainer(small(tmp_path, validation_size=64), callbacks=[])
-    loss, *quarters = validation_losses(trainer)
-    assert [loss, *quarters] == validation_losses(trainer)
+    def validate():
+        with trainer.averaged() as objective:
+            return list(objective.validate(trainer.datasets.validation, trainer.world).values())
+    loss, *quarters = validate()
+    assert [loss, *quarters] == validate()
     counts = torch.bincount((4*spread_uniform(0, torch.arange(64))).long(), minlength=4)
     assert loss == pytest.approx(float((torch.tensor(quarters)*counts).sum()/64), rel=1e-5)
     trainer.train_step(trainer.loader.at(0))
-    assert validation_losses(trainer)[0] != loss
+    assert validate()[0] != loss
 
 
 def test_what_callbacks_do_changes_no_step(tmp_path):
@@ -174,20 +179,22 @@ def test_what_callbacks_do_changes_no_step(tmp_path):
     busy = Trainer(small(tmp_path/"b", max_steps=6, num_samples=2, steps=2, validation_size=8),
                    callbacks=[
         Log(1), Validate(2), DrawSamples(2), SaveCheckpoints(1)]).fit()
-    for a, b in zip(quiet.network.parameters(), busy.network.parameters()): assert torch.equal(a, b)
+    for a, b in zip(quiet.objective.parameters(), busy.objective.parameters()):
+        assert torch.equal(a, b)
     assert [m["step"] for m in read_metrics(tmp_path/"b") if "validation_loss" in m] == [2, 4, 6]
 
 
 def test_a_compiled_network_takes_the_same_step(tmp_path, monkeypatch):
     "Traced, but not built by a C++ compiler (minutes): tested is that the trainer uses it rightly."
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    built, quick = [], functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: built.append(a) or quick(*a, **k))
     plain, compiled = (Trainer(small(tmp_path, compile=c, dropout=0), callbacks=[])
                        for c in ("false", "true"))
+    assert len(built) == 1
     batch = plain.loader.at(0)
     told = [t.train_step(batch) for t in (plain, compiled)]
     assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-4)
-    for a, b in zip(plain.network.parameters(), compiled.network.parameters()):
+    for a, b in zip(plain.objective.parameters(), compiled.objective.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
-    assert compiled.learner.network is not compiled.network
-    # no prefix in its checkpoints
-    assert list(compiled.network.state_dict()) == list(plain.network.state_dict())
+    states = [t.objective.averaged.state_dict() for t in (plain, compiled)]
+    assert list(states[0]) == list(states[1])  # no prefix in its checkpoints

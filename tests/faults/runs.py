@@ -2,10 +2,11 @@
 import hashlib, os, subprocess, sys
 from pathlib import Path
 
+from diffusion_model.callbacks import Callback, Log, SaveCheckpoints
 from diffusion_model.checkpoint import find_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.tracking import read_metrics
-from diffusion_model.training import Callback, Log, SaveCheckpoints, Trainer
+from diffusion_model.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",

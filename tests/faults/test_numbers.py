@@ -56,7 +56,7 @@ def test_a_pixel_that_is_no_number(tmp_path, monkeypatch, value, parts):
     assert run.step == 4 and read_status(tmp_path)["state"] == "failed"
     there = finite(tmp_path)
     assert there.step == 4
-    for saved, now in ((there.model, run.network), (there.ema, run.ema.network)):
+    for saved, now in ((there.model, run.objective.averaged), (there.ema, run.ema.network)):
         for k, v in now.state_dict().items(): assert torch.equal(saved[k], v)
     now = tensors(run.optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(tensors(there.trainer["optimizer"]), now,

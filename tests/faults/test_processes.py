@@ -39,7 +39,7 @@ run.train_step = train_step
 try: run.fit()
 finally:
     notes["step"] = run.step
-    weights = [p.detach().flatten() for p in run.network.parameters()]
+    weights = [p.detach().flatten() for p in run.objective.networks["model"].parameters()]
     averages = [p.detach().flatten() for p in run.ema.network.parameters()]
     notes["finite"] = all(p.isfinite().all().item() for p in weights + averages)
     notes["weights"] = torch.cat(weights).double().sum().item()

@@ -75,7 +75,7 @@ def in_window(run, step, do):
         if run.step == step:
             calls.append(step)
             if len(calls) == 2: do()
-    run.network.register_forward_pre_hook(hook)
+    run.objective.averaged.register_forward_pre_hook(hook)
     return run
 
 
