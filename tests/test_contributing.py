@@ -51,3 +51,16 @@ def test_commands_are_there():
     makefile = (Path(__file__).resolve().parent.parent/"Makefile").read_text()
     for target in re.findall(r"^make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_readme(tmp_path, monkeypatch, capsys):
+    "The README's Python, on a run of two steps in the place of the quick start's."
+    monkeypatch.chdir(tmp_path)
+    beginning = BEGINNING + 'Trainer(tiny(output_dir="outputs/quickstart")).fit()\n'
+    exec(compile(beginning, "CONTRIBUTING.md", "exec"), {"__name__": "example"})
+    readme = (Path(__file__).resolve().parent.parent/"README.md").read_text()
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["images"].dtype == names["torch"].uint8 and len(names["images"]) == 8
+    assert "0 torch.Size([64, 3, 8, 8])" in capsys.readouterr().out

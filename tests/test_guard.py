@@ -255,6 +255,16 @@ def test_readme_is_the_index():
     assert same, "README.md is not nbs/index.ipynb: run `make export`"
 
 
+def test_the_map_has_every_notebook():
+    "Each notebook has its line on the index page, in the order of the book."
+    text = (ROOT/"nbs"/"index.ipynb").read_text()
+    rows = [re.findall(r"\]\(([\w/]+\.ipynb)\)", row) for row in re.findall(r"\| \[.*? \|", text)]
+    mapped = [name for row in rows for name in row]
+    assert sorted(mapped) == sorted(n for n in names if n != "index.ipynb")
+    numbered = [name for name in mapped if name[0].isdigit()]
+    assert numbered == sorted(numbered)
+
+
 def test_settings_ini_agrees_with_pyproject():
     import diffusion_model
     project = tomllib.loads((ROOT/"pyproject.toml").read_text())
