@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'MEASURES', 'DECIDES', 'SAVES', 'SHOWS', 'CALLBACKS', 'Callback', 'Log', 'LearningRate', 'Validate',
-           'StopEarly', 'DrawSamples', 'SaveCheckpoints', 'memory_names', 'default_callbacks']
+           'StopEarly', 'DrawSamples', 'SaveCheckpoints', 'memory_names', 'remembered', 'remind', 'default_callbacks']
 
-# %% ../nbs/32_callbacks.ipynb #ba5b72d3
+# %% ../nbs/32_callbacks.ipynb #f6110ef7
 import math
 
 from .plotting import image_grid, plot_metrics, save_film, save_grid
 from .tracking import read_metrics
 
-# %% ../nbs/32_callbacks.ipynb #b8c5c2de
+# %% ../nbs/32_callbacks.ipynb #3f41001d
 LOGS, MEASURES, DECIDES, SAVES, SHOWS = range(5)  # in this order, within a step
 
 
@@ -26,12 +26,12 @@ class Callback:
     def end(self, trainer) -> None: "After the last step, or the one of a signal."
     def rescue(self, trainer) -> None: "After a step in which another callback has failed."
 
-# %% ../nbs/32_callbacks.ipynb #759892d6
+# %% ../nbs/32_callbacks.ipynb #f482b58c
 def _due(every: int, trainer, last: bool = True) -> bool:
     "Is this a step to do it? Every so many, and (`last`) the run's last one."
     return trainer.step % every == 0 or last and trainer.step >= trainer.cfg.training.max_steps
 
-# %% ../nbs/32_callbacks.ipynb #806cde9c
+# %% ../nbs/32_callbacks.ipynb #5eab99b4
 class Log(Callback):
     "Metrics every so many steps: the mean loss since the last line, images a second, ..."
     order = LOGS
@@ -60,13 +60,13 @@ class Log(Callback):
         metrics = read_metrics(trainer.run_dir) if trainer.world.main else []
         if metrics: plot_metrics(metrics, trainer.run_dir/"loss.png")
 
-# %% ../nbs/32_callbacks.ipynb #5c8de513
+# %% ../nbs/32_callbacks.ipynb #d2a4f1fe
 class LearningRate(Callback):
     "A learning rate of your own, a function of the step, instead of the config's."
     def __init__(self, rate): self.rate = rate  # steps made -> rate of the next one
     def begin(self, trainer): trainer.rate = self.rate
 
-# %% ../nbs/32_callbacks.ipynb #acce4bff
+# %% ../nbs/32_callbacks.ipynb #3aba09e9
 class Validate(Callback):
     "The validation loss, every so many steps and at the end."
     def __init__(self, every: int): self.every = every
@@ -79,7 +79,7 @@ class Validate(Callback):
         trainer.validation = trainer.step, values["validation_loss"]
         trainer.trackers.log(trainer.step, values)
 
-# %% ../nbs/32_callbacks.ipynb #9038825b
+# %% ../nbs/32_callbacks.ipynb #7d937ba1
 class StopEarly(Callback):
     "Stop when the validation loss has not become better so many times in a row."
     order = DECIDES
@@ -95,7 +95,7 @@ class StopEarly(Callback):
                       "waited": 0 if better else self.state["waited"] + 1}
         if self.state["waited"] >= self.patience: trainer.stop = True
 
-# %% ../nbs/32_callbacks.ipynb #625d1677
+# %% ../nbs/32_callbacks.ipynb #5abe12a1
 class DrawSamples(Callback):
     "A grid of samples every so many steps; a film of the last one."
     order = SHOWS
@@ -115,7 +115,7 @@ class DrawSamples(Callback):
         trainer.trackers.images(trainer.step, "samples", image_grid(images))
         if last and film: save_film(film, folder/"film.gif", scale=3)
 
-# %% ../nbs/32_callbacks.ipynb #ff4db16f
+# %% ../nbs/32_callbacks.ipynb #33238dab
 class SaveCheckpoints(Callback):
     "A checkpoint every so many steps, where the run ends or is stopped, and of the best so far."
     order = SAVES
@@ -137,7 +137,7 @@ class SaveCheckpoints(Callback):
 
     rescue = end
 
-# %% ../nbs/32_callbacks.ipynb #4748a84e
+# %% ../nbs/32_callbacks.ipynb #b35125a6
 def memory_names(callbacks: list[Callback]) -> list[str]:
     "The name under which each callback's `state` is saved; no two are equal."
     classes, names = [type(c).__name__ for c in callbacks], []
@@ -150,7 +150,23 @@ def memory_names(callbacks: list[Callback]) -> list[str]:
     return [n if n not in names[:i] else f"{n} {names[:i].count(n) + 1}"
             for i, n in enumerate(names)]
 
-# %% ../nbs/32_callbacks.ipynb #ec33c12b
+
+def remembered(callbacks: list[Callback]) -> dict:
+    "What the callbacks keep, by name: a part of a checkpoint."
+    return {name: c.state for name, c in zip(memory_names(callbacks), callbacks)
+            if getattr(c, "state", None)}
+
+
+def remind(
+    callbacks: list[Callback],
+    memory: dict,              # as `remembered` gave it
+) -> None:
+    "Give each callback what it kept; or what the only one of its class kept."
+    for name, callback in zip(memory_names(callbacks), callbacks):
+        state = memory.get(name, memory.get(type(callback).__name__))
+        if state is not None: callback.state = state
+
+# %% ../nbs/32_callbacks.ipynb #ace4e6af
 #: name -> function(cfg) -> Callback; `logging.callbacks` of a config
 CALLBACKS = {
     "log": lambda cfg: Log(cfg.logging.log_every),

@@ -23,6 +23,7 @@ import stat
 import threading
 import traceback
 import warnings
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .counters import counter_uniform, permutation
+from .denoiser import Cond, map_cond
 from .transforms import Transform, create_transform
 
 # %% ../nbs/23_dataset.ipynb #af8103b9
@@ -146,22 +148,42 @@ class Shapes(Dataset):
 # %% ../nbs/23_dataset.ipynb #518cc91c
 class Batch(NamedTuple):
     "Images, what each is conditioned on, and where each stands in the run."
-    images: Tensor                # float32 (B, C, H, W)
-    cond: Tensor | dict | None    # labels, int64 (B,); vectors (B, ...); a dict of both; or none
-    positions: Tensor             # int64 (B,)
+    images: Tensor     # float32 (B, C, H, W)
+    cond: Cond         # labels, int64 (B,); vectors, float32 (B, ...); a dict of such; or None
+    positions: Tensor  # int64 (B,)
 
     def to(self, device) -> "Batch":
-        "On another device; without waiting for it, where the memory is pinned."
-        images = self.images.to(device, non_blocking=True)
-        cond = _map_cond(lambda c: c.to(device, non_blocking=True), self.cond)
-        return Batch(images, cond, self.positions.to(device, non_blocking=True))
+        "On another device, without waiting where memory is pinned; positions stay: counters ask."
+        move = lambda v: v.to(device, non_blocking=True)
+        return Batch(move(self.images), map_cond(move, self.cond), self.positions)
 
     def pin_memory(self) -> "Batch":
         "In memory that a GPU can read while the CPU goes on."
-        cond = _map_cond(lambda c: c.pin_memory(), self.cond)
+        cond = map_cond(lambda c: c.pin_memory(), self.cond)
         return Batch(self.images.pin_memory(), cond, self.positions.pin_memory())
 
-# %% ../nbs/23_dataset.ipynb #88298432
+# %% ../nbs/23_dataset.ipynb #80a59fd3
+@patch
+def rows(self: Batch, rows: slice) -> Batch:
+    "Some rows of a batch."
+    return Batch(self.images[rows], map_cond(lambda c: c[rows], self.cond), self.positions[rows])
+
+
+@patch
+def parts(self: Batch, n: int) -> list[Batch]:
+    "A batch in n parts, as equal as can be: the first ones may have one row more."
+    ends = [0, *itertools.accumulate(len(p) for p in self.positions.tensor_split(n))]
+    return [self.rows(slice(a, b)) for a, b in zip(ends, ends[1:])]
+
+
+@patch
+def or_zeros(self: Batch) -> Batch:
+    "The batch; where it is empty, one row of zeros like it."
+    one = lambda v: v.new_zeros(1, *v.shape[1:])
+    return self if len(self.images) else Batch(
+        one(self.images), map_cond(one, self.cond), one(self.positions))
+
+# %% ../nbs/23_dataset.ipynb #ed5e8ce8
 class ImageSet(Dataset):
     "A source of bytes, seen through a transform."
     def __init__(
@@ -175,19 +197,13 @@ class ImageSet(Dataset):
         self.classes = source.classes
 
 # %% ../nbs/23_dataset.ipynb #bc936054
-def _map_cond(f, cond):
-    "f of each tensor of a condition; None stays None."
-    if cond is None: return None
-    return {k: f(v) for k, v in cond.items()} if isinstance(cond, dict) else f(cond)
-
-
-def _as_cond(cond, n: int):  # None, a tensor (n, ...), or a dict of them
+def _as_cond(cond, n: int) -> Cond:  # None, a tensor (n, ...), or a dict of them
     "Conditions as tensors: integers become int64, other numbers float32. Raises `ValueError`."
     def leaf(values):
         x = torch.as_tensor(values)
         if len(x) != n: raise ValueError(f"cond: found {len(x)} conditions for {n} images")
         return x.float() if x.is_floating_point() else x.long()
-    return _map_cond(leaf, cond)
+    return map_cond(leaf, cond)
 
 # %% ../nbs/23_dataset.ipynb #8c1f60d2
 @patch
@@ -208,7 +224,7 @@ def batch(
     else:
         there = torch.tensor([x is not None for x in images], dtype=torch.bool)
         images = [x for x in images if x is not None]
-        cond, positions = _map_cond(lambda c: c[there], cond), positions[there]
+        cond, positions = map_cond(lambda c: c[there], cond), positions[there]
     return Batch(self.transform.augment(images, positions), cond, positions)
 
 
@@ -217,7 +233,7 @@ def __getitem__(self: ImageSet, i: int):  # float32 (C, H, W), and the condition
     if not -len(self) <= i < len(self): raise IndexError(f"{i} of {len(self)} images")
     images, cond, _ = self.batch(torch.tensor([i % len(self)]))
     if not len(images): raise ValueError(f"image {i} of the set cannot be read")
-    return images[0], _map_cond(lambda c: c[0], cond)
+    return images[0], map_cond(lambda c: c[0], cond)
 
 # %% ../nbs/23_dataset.ipynb #016f2454
 class Datasets(NamedTuple):
@@ -240,7 +256,7 @@ class ArraySource:
     def __len__(self): return len(self.images)
 
     def read(self, indices: Tensor):
-        return self.images[indices], _map_cond(lambda c: c[indices], self.cond)
+        return self.images[indices], map_cond(lambda c: c[indices], self.cond)
 
 # %% ../nbs/23_dataset.ipynb #14f51e3b
 class LazySource:
@@ -280,7 +296,7 @@ def _image(self: LazySource, i: int) -> Tensor | None:  # None: left out
 @patch
 def read(self: LazySource, indices: Tensor):  # list of (C, h, w) or None, and the conditions
     images = [self._image(i) for i in indices.tolist()]
-    return images, _map_cond(lambda c: c[indices], self.cond)
+    return images, map_cond(lambda c: c[indices], self.cond)
 
 # %% ../nbs/23_dataset.ipynb #42b45f2c
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -305,7 +321,7 @@ def read_image(path, prepare=None):
         raise ValueError(f"{path}: not a readable image ({status.st_size} bytes): {why}; repair "
                          "or remove this file") from error
 
-# %% ../nbs/23_dataset.ipynb #d5a12485
+# %% ../nbs/23_dataset.ipynb #b1127325
 def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
@@ -352,7 +368,7 @@ def scan_folder(root) -> tuple[list, list | None, list | None]:  # paths, labels
     _warn_of_names(classes)
     return paths, [classes.index(p.relative_to(root).parts[0]) for p in paths], classes
 
-# %% ../nbs/23_dataset.ipynb #9b64eeae
+# %% ../nbs/23_dataset.ipynb #82e96e57
 def _some(things, most: int = 3) -> str:
     "The first few, and a sign that there are more."
     things = list(map(str, things))
@@ -368,15 +384,15 @@ def _check_splits(root: Path, folders: list):
     known = ("train", "training", "test", "testing", "val", "valid", "validation")
     found = [p.name for p in folders if p.name.lower() in known]
     if len(found) > 1:
-        raise ValueError(f"data.root: '{root}' holds the folders {' and '.join(found)}, which would "
-                         "become classes; give one of them, it is split anew")
+        raise ValueError(f"data.root: '{root}' holds the folders {' and '.join(found)}, which "
+                         "would become classes; give one of them, it is split anew")
 
-# %% ../nbs/23_dataset.ipynb #63a56917
+# %% ../nbs/23_dataset.ipynb #61cda32c
 def _warn_of_loose(root: Path, loose: list, folders: list):
     warnings.warn(
-        f"data.root: '{root}' holds {len(loose)} picture(s) ({_some(p.name for p in loose)}) beside "
-        f"the folders {_some(p.name for p in folders)}: so the folders are no classes, and no image "
-        "has a label. If they should be classes, move these pictures into them")
+        f"data.root: '{root}' holds {len(loose)} picture(s) ({_some(p.name for p in loose)}) "
+        f"beside the folders {_some(p.name for p in folders)}: so the folders are no classes, and "
+        "no image has a label. If they should be classes, move these pictures into them")
 
 
 def _warn_of_names(classes: list):
@@ -390,7 +406,8 @@ def _warn_of_names(classes: list):
     odd = [n for n in classes if "," in n or n.lower() == "none"]
     if odd: warnings.warn(
         f"data.root: the class name {odd[0]!r} can be mistaken on a command line, where commas "
-        f"separate names and none is no class: rename it, or use its number {classes.index(odd[0])}")
+        f"separate names and none is no class: rename it, or use its number "
+        f"{classes.index(odd[0])}")
 
 # %% ../nbs/23_dataset.ipynb #8a5b8193
 def _by_name(paths: list, root: Path, seed: int) -> Tensor:
@@ -410,7 +427,7 @@ class _File:
 
 
 def _warn_of_small(paths: list, size: int, most: int = 500):
-    "Look at the sizes of some files: what is enlarged much is blurred, and the network learns blur."
+    "Look at the sizes of some files: what is enlarged much is blurred, and blur is learned."
     looked, small = paths[::-(-len(paths)//most)], []
     for path in looked:
         if not path.is_file(): continue
@@ -419,10 +436,10 @@ def _warn_of_small(paths: list, size: int, most: int = 500):
             if 2*min(width, height) < size: small.append(f"{path.name}: {width}×{height}")
     if small: warnings.warn(
         f"data.image_size: {len(small)} of {len(looked)} images are enlarged to more than twice "
-        f"their size, to {size} pixels ({_some(small)}): choose a smaller data.image_size, or remove "
-        "them")
+        f"their size, to {size} pixels ({_some(small)}): choose a smaller data.image_size, or "
+        "remove them")
 
-# %% ../nbs/23_dataset.ipynb #010ee755
+# %% ../nbs/23_dataset.ipynb #0f97abce
 def _folder(data) -> Datasets:
     root = Path(data.root).expanduser()
     paths, labels, classes = scan_folder(root)
@@ -505,7 +522,7 @@ def _damaged(data, file: Path, error) -> ValueError:
     return ValueError(f"{data.dataset}: '{file}' is damaged ({file.stat().st_size} bytes): {why}; "
                       "delete it, and have it fetched again by --data.download true")
 
-# %% ../nbs/23_dataset.ipynb #ca87862b
+# %% ../nbs/23_dataset.ipynb #ee2926cf
 def _labels_of(ds) -> Tensor | None:
     "The label of each item, where the data set tells without decoding."
     targets = getattr(ds, "targets", None)
@@ -536,7 +553,7 @@ class _Item:
                              f"{type(image).__name__}; sets of single images are supported")
         return self.transform.prepare(image)
 
-# %% ../nbs/23_dataset.ipynb #72607278
+# %% ../nbs/23_dataset.ipynb #164dd647
 def _array(ds) -> Tensor | None:
     "The whole data set as bytes (N, C, H, W), where torchvision holds it so."
     x = getattr(ds, "data", None)
@@ -582,7 +599,7 @@ def _torchvision(data) -> Datasets:
     return Datasets(ImageSet(source, augmented, train), ImageSet(held, plain, validation),
                     ImageSet(test, plain), source.classes)
 
-# %% ../nbs/23_dataset.ipynb #ab32c4bc
+# %% ../nbs/23_dataset.ipynb #2c57f9db
 #: name -> function(data) -> Datasets; other names are torchvision's
 DATASETS = {"shapes": _shapes, "folder": _folder}
 
@@ -593,7 +610,7 @@ def create_dataset(
     "The three sets that a config describes."
     return DATASETS.get(data.dataset, _torchvision)(data)
 
-# %% ../nbs/23_dataset.ipynb #d31b6437
+# %% ../nbs/23_dataset.ipynb #06475fb5
 def _digest(lines) -> str:
     "A short hash of many pieces of bytes."
     total = hashlib.blake2b(digest_size=8)
@@ -614,7 +631,7 @@ def describe(self: Shapes, indices: Tensor) -> dict:
     "What these figures are drawn from."
     return {"drawn_by": "draw_shapes", "seed": self.seed, "image_size": self.image_size}
 
-# %% ../nbs/23_dataset.ipynb #e4b0628a
+# %% ../nbs/23_dataset.ipynb #64e6b075
 @patch
 def describe(self: ArraySource, indices: Tensor) -> dict:
     "A hash of these images and their conditions."
@@ -639,7 +656,7 @@ def describe(self: _File, indices: Tensor, most: int = 200_000) -> dict:
     digest = _digest(f"{name}\t{size}\n".encode() for name, size in sizes.items())
     return {"digest": digest} | ({"files": sizes} if sum(map(len, sizes)) <= most else {})
 
-# %% ../nbs/23_dataset.ipynb #4c1c907e
+# %% ../nbs/23_dataset.ipynb #24dba294
 def describe_data(
     datasets: Datasets,
 ) -> dict:  # plain values: {"classes": names or None, "train": {"images": n, ...}, ...}
@@ -651,7 +668,7 @@ def describe_data(
         found[name] = {"images": len(part)} | facts
     return found
 
-# %% ../nbs/23_dataset.ipynb #886d4202
+# %% ../nbs/23_dataset.ipynb #2ff5d79d
 def _compare_classes(then: list | None, now: list | None) -> list[str]:
     if then == now: return []
     if then is None or now is None: return [f"classes: {_names(then)} then, {_names(now)} now"]
@@ -662,7 +679,7 @@ def _compare_classes(then: list | None, now: list | None) -> list[str]:
 
 def _names(classes: list | None) -> str: return "none" if classes is None else _some(classes)
 
-# %% ../nbs/23_dataset.ipynb #eb6930af
+# %% ../nbs/23_dataset.ipynb #32726bd8
 def _compare_part(name: str, then: dict, now: dict) -> list[str]:
     "One sentence on training, validation or test images, if they are others."
     if not then or then == now: return []
@@ -682,7 +699,7 @@ def _compare_part(name: str, then: dict, now: dict) -> list[str]:
     if not changes and then["images"] == now["images"]: changes = ["not the same ones"]
     return [f"{counts}: {', '.join(changes)}" if changes else counts]
 
-# %% ../nbs/23_dataset.ipynb #5abd7fb4
+# %% ../nbs/23_dataset.ipynb #b00be414
 def compare_data(
     then: dict,   # from `describe_data`
     now: dict,    # from `describe_data`
@@ -747,7 +764,7 @@ class _Addressed(Dataset):
             except (ValueError, OSError) as error: done = error  # raised, unwrapped, in __iter__
         return done, [str(w.message) for w in caught]
 
-# %% ../nbs/23_dataset.ipynb #3a1278b9
+# %% ../nbs/23_dataset.ipynb #63c610f2
 SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)}  #: what stops a run, and is its parent's business in a worker
 
@@ -771,18 +788,21 @@ def _end_on_request():
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
     os._exit(0)
 
-# %% ../nbs/23_dataset.ipynb #f85997b6
+# %% ../nbs/23_dataset.ipynb #846f06c8
 @contextlib.contextmanager
 def _hold_signals():
     "Signals that come inside `with` are delivered after it; processes started in it hold theirs."
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    usual = multiprocessing.get_all_start_methods()[0]
+    if (multiprocessing.get_start_method(allow_none=True) or usual) != "fork":
+        resource_tracker.ensure_running()  # to start it later would let the signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-# %% ../nbs/23_dataset.ipynb #450c8f2b
+# %% ../nbs/23_dataset.ipynb #a5d96f26
 @patch
 def __iter__(self: PositionLoader):
     "Batches from step `start` on, without end."

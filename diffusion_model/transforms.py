@@ -33,12 +33,7 @@ def to_tensor(
 ) -> Tensor:                   # uint8 (channels, H, W)
     "Any picture as bytes with the wanted number of channels."
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
-            image = Image.fromarray((np.asarray(image).clip(0, 65535)//257).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("image mode F (floating point) has no fixed range: save it as 8 or "
-                             "16 bit")
+        image = _eight_bits(image)
         if image.has_transparency_data:
             under = Image.new("RGBA", image.size, ImageColor.getrgb(background))
             image = Image.alpha_composite(under, image.convert("RGBA"))
@@ -47,6 +42,19 @@ def to_tensor(
     return as_channels(image, channels)
 
 
+def _eight_bits(image):
+    "Upright, with 8 bits a channel: of 16 the upper ones. Raises `ValueError` for 32."
+    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # these have no more
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I") and not sixteen:
+        low, high = image.getextrema()
+        kind = "floating point" if image.mode == "F" else "32 bits a pixel"
+        raise ValueError(f"image mode {image.mode} ({kind}) does not say which value is white: "
+                         f"found {low:.6g} to {high:.6g}; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"): return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535)//257).astype(np.uint8))
+
+# %% ../nbs/22_transforms.ipynb #03319338
 def as_channels(x: Tensor, channels: int) -> Tensor:
     "Grey from colour by its brightness, colour from grey by repetition; (..., C, H, W)."
     if x.shape[-3] == channels: return x

@@ -191,7 +191,7 @@ def _add_inputs(self: UNet, time: int):
 def _add_levels(self: UNet, widths, blocks, head_dim, attends, res):
     "The way down, the middle and the way up; `attends` says it of each level."
     last, c = len(widths) - 1, self.base_channels
-    skips, self.downs, self.ups = [c], nn.ModuleList(), nn.ModuleList()
+    skips, self.downs = [c], nn.ModuleList()
     for i, w in enumerate(widths):
         self.downs.append(Down(c, w, blocks, attends[i], i < last, head_dim, **res))
         skips += [w]*(blocks + (i < last))
@@ -199,6 +199,7 @@ def _add_levels(self: UNet, widths, blocks, head_dim, attends, res):
     self.mid1 = ResBlock(c, c, **res)
     self.mid_attention = Attention(c, head_dim, res["groups"])
     self.mid2 = ResBlock(c, c, **res)
+    self.ups = nn.ModuleList()  # after the middle: optimizers know parameters by their order
     for i, w in reversed(list(enumerate(widths))):
         taken = [skips.pop() for _ in range(blocks + 1)]
         self.ups.append(Up(c, taken, w, attends[i], i > 0, head_dim, **res))
