@@ -78,7 +78,7 @@ def show_images(
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-
+# %% ../nbs/plotting.ipynb #02743503
 def show_strip(
     frames: list,         # images (C, H, W), or batches (B, C, H, W) that become columns
     titles: list = None,  # one for each frame
@@ -171,8 +171,9 @@ def plot_metrics(
         ax.plot(step, loss, color=COLOURS[0], alpha=0.25, lw=0.8)
         recent = smooth(loss, max(0., 1 - 40/len(loss)))  # the average reaches over 1/40 of the run
         ax.plot(step, recent, color=COLOURS[0], label="training loss, averaged")
-    val = [(m["step"], m["validation_loss"]) for m in metrics if m.get("validation_loss")]
-    if val: ax.plot(*zip(*val), "o-", ms=4, color=COLOURS[1], label="validation loss (EMA weights)")
+    val = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+    if val: ax.plot(*zip(*val), "o-", ms=4, color=COLOURS[1],
+                    label="validation loss (averaged weights, weighted as in training)")
     ax.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
     if train or val: ax.legend(frameon=False)
     ax.grid(alpha=0.25, which="both")
@@ -187,7 +188,7 @@ def _live() -> bool:
     except ImportError: return False
     return getattr(get_ipython(), "kernel", None) is not None
 
-
+# %% ../nbs/plotting.ipynb #1c4bf4a1
 def explore(
     draw,           # called as draw(ax, **one value for each name)
     frames: int = 4,  # pictures in the strip where there is no kernel

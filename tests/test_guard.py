@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mutants
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,9 +239,30 @@ def test_make_measures_every_benchmark():
         assert f"benchmarks/{path.name}" in text, f"make benchmarks leaves {path.name} out"
 
 
+# -- mistakes to plant
+def test_every_planted_mistake_is_found():
+    "`make mutants` plants what stands there: an edit of the code takes its mistakes along."
+    planted = mutants.mistakes()
+    assert not (lost := mutants.lost(planted)), "\n".join(lost)
+    names = [(m.module, m.name) for m in planted]
+    assert len(names) == len(set(names)) >= 120
+    assert sum(m.glue for m in planted) >= len(planted)/2
+    assert {m.module for m in planted} == set(MODULES), "a module without a mistake"
+
+
 def test_readme_is_the_index():
     same = (ROOT/"README.md").read_text() == readme()
     assert same, "README.md is not nbs/index.ipynb: run `make export`"
+
+
+def test_the_map_has_every_notebook():
+    "Each notebook has its line on the index page, in the order of the book."
+    text = (ROOT/"nbs"/"index.ipynb").read_text()
+    rows = [re.findall(r"\]\(([\w/]+\.ipynb)\)", row) for row in re.findall(r"\| \[.*? \|", text)]
+    mapped = [name for row in rows for name in row]
+    assert sorted(mapped) == sorted(n for n in names if n != "index.ipynb")
+    numbered = [name for name in mapped if name[0].isdigit()]
+    assert numbered == sorted(numbered)
 
 
 def test_settings_ini_agrees_with_pyproject():
