@@ -111,7 +111,6 @@ def _connect(self: World) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # said below, for each case
         state = PartialState(cpu=cpu, timeout=patience)
-    self.rank, self.size = state.process_index, state.num_processes
     if not cpu: self.device = state.device
     # a fork does not take the threads of OpenMP along: a parallel loop would wait for them
     if state.fork_launched and cpu: torch.set_num_threads(1)
@@ -228,8 +227,9 @@ def agree(self: World, **values) -> None:  # plain values, and dicts of them, by
         if len(set(there)) > 1: lines.append(f"{name}: " + "; ".join(
             f"{value} in process {', '.join(str(r) for r, v in enumerate(there) if v == value)}"
             for value in dict.fromkeys(there)))
-    if lines: raise ValueError("\n".join(
-        ["the processes do not belong to one run: give each the same command, code and data", *lines]))
+    if lines: raise ValueError("\n".join([
+        "the processes do not belong to one run: give each the same command, code and data",
+        *lines]))
 
 # %% ../nbs/29_processes.ipynb #796d252e
 @contextlib.contextmanager
