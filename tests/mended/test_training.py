@@ -279,4 +279,4 @@ def test_a_trainer_says_what_its_run_is_to_the_other_processes(tmp_path, monkeyp
     monkeypatch.setattr(processes.World, "agree", lambda self, **values: asked.update(values))
     trainer = Trainer(small(tmp_path), callbacks=[]).fit()
     assert (asked["seed"], asked["steps"], asked["step"]) == (0, 6, 0)
-    assert asked["data"] == trainer.data and asked["network"][0][0] == "model"
+    assert asked["data"] == trainer.data and list(asked["weights"]) == ["model"]
