@@ -440,6 +440,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'diffusion_model.dataset._places': ('dataset.html#_places', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._ring': ('dataset.html#_ring', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._shapes': ('dataset.html#_shapes', 'diffusion_model/dataset.py'),
+                                         'diffusion_model.dataset._small_files': ( 'dataset.html#_small_files',
+                                                                                   'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._some': ('dataset.html#_some', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._source': ('dataset.html#_source', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._square': ('dataset.html#_square', 'diffusion_model/dataset.py'),
