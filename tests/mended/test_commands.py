@@ -1,6 +1,7 @@
 "Faults that were found in the two commands, and mended."
 import os, shutil, signal, subprocess, sys, time, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_a_run_with_a_finished_checkpoint_stays_one(run, command):
     (run/"checkpoints"/"step_00000009.tmp").mkdir()
     command.train("--resume", run, "--max_steps", 5)
     assert command.code == 0 and "resumed at step 4" in command.out
+    assert "training.max_steps: 4 -> 5" in command.out.splitlines()
     (run/"checkpoints"/"step_00000009.tmp").mkdir(exist_ok=True)
     command.train("--resume", run/"checkpoints"/"step_00000009.tmp")
     command.says(2, "interrupted save", f"use {run}")
@@ -226,6 +228,29 @@ def test_a_checkpoint_names_its_own_settings_first(run, command):
     assert cfg.training.learning_rate == 0.002 and path == run/"checkpoints"/"step_00000004"
     args = cli.train_parser().parse_args(["--resume", str(run)])
     assert cli._train_config(args, [])[0].training.learning_rate == 0.5
+
+
+@pytest.mark.mended(18)
+def test_a_checkpoint_that_is_in_no_run(run, tmp_path, command):
+    "A released one, say: it goes on where its config says, not inside itself."
+    step = shutil.copytree(run/"checkpoints"/"step_00000004", tmp_path/"step_00000004")
+    args = cli.train_parser().parse_args(["--resume", str(step)])
+    cfg, path = cli._train_config(args, [f"--output_dir={tmp_path/'new'}"])
+    assert (cfg.logging.output_dir, path) == (str(tmp_path/"new"), step)
+    there = load_saved_config(step/"config.yaml")[0].logging.output_dir
+    assert cli._own_config(step, []).logging.output_dir == there
+    (step/"config.yaml").unlink()
+    command.train("--resume", step)
+    command.says(2, "has no settings left")
+
+
+def test_a_run_of_0_1_0_is_told_what_it_did_not_know(tmp_path, command):
+    "And so is whatever is not as it was."
+    run = shutil.copytree(ROOT/"tests"/"fixtures"/"run_0_1_0", tmp_path/"run")
+    command.train("--resume", run, "--max_steps", 7)
+    assert command.code == 0, command.err
+    for line in ("model.name: not known then; 'unet'", "training.max_steps: 6 -> 7"):
+        assert line in command.out.splitlines()
 
 
 @pytest.mark.mended(18)
@@ -471,6 +496,39 @@ def test_the_place_of_samples_is_checked(run, tmp_path, command):
     (tmp_path/"file").write_text("mine")
     command.sample("--checkpoint", run, "--output_dir", tmp_path/"file")
     command.says(2, "--output_dir: ", "is a file")
+
+
+@pytest.mark.parametrize("null, shape", [(torch.tensor([1., 2.]), (3, 2)), (5., (3,))])
+def test_a_network_without_labels_is_given_its_null(null, shape):
+    for cond in (null, {"a": null}):
+        found = cli._condition(SimpleNamespace(null_cond=cond), None, 3)
+        found = found["a"] if isinstance(cond, dict) else found
+        assert found.shape == shape and (found == torch.as_tensor(null)).all()
+    assert cli._condition(SimpleNamespace(null_cond=None), None, 3) is None
+    assert cli._condition(SimpleNamespace(null_cond=-1), [2, 0, -1], 3).tolist() == [2, 0, -1]
+
+
+def test_the_best_and_the_seed(run, tmp_path, command, monkeypatch):
+    "--best and --seed reach what they are for; the seed and the checkpoint name the folder."
+    import diffusion_model.checkpoint as checkpoint
+    asked = []
+    real = checkpoint.load_checkpoint
+    def load(path, **kw):
+        asked.append(kw.get("best"))
+        return real(path, **kw | {"best": False})
+    monkeypatch.setattr(checkpoint, "load_checkpoint", load)
+    for words in (["--best"], ["--seed", 3], []): command.sample("--checkpoint", run, *words)
+    assert asked == [True, False, False]
+    folders = [p for p in (run/"samples").iterdir() if p.is_dir()]
+    names = {p.name: (p/"00000_disc.png").read_bytes() for p in folders}
+    name = "step_00000004_ddim_2_seed"
+    assert set(names) == {f"{name}_0", f"{name}_3", f"{name}_0_2"}
+    assert names[f"{name}_0"] == names[f"{name}_0_2"] != names[f"{name}_3"]
+
+
+def test_files_are_named_by_their_class():
+    assert cli._file_names(["a", "cats, dogs/x"], [1, 0, -1], 3) == ["_cats-dogs-x", "_a", ""]
+    assert cli._file_names(None, [1, 0], 2) == cli._file_names(["a"], None, 2) == ["", ""]
 
 
 # -- 20: names of classes
