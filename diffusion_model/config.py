@@ -6,15 +6,15 @@
 __all__ = ['REGISTRIES', 'Probability', 'Share', 'Noise', 'Seed', 'Count', 'SOLVER_OPTIONS', 'KNOWN_CLASSES', 'SECTIONS',
            'PRECEDENCE', 'MIGRATIONS', 'ConfigError', 'Registry', 'DiffusionConfig', 'DataConfig', 'TrainingConfig',
            'SamplingConfig', 'LoggingConfig', 'solver_options', 'sections', 'Config', 'list_configs', 'find_config',
-           'parse_overrides', 'load_config', 'save_config', 'config_diff', 'migrate_config', 'load_saved_config',
-           'config_help']
+           'parse_overrides', 'change_config', 'load_config', 'save_config', 'config_diff', 'migrate_config',
+           'load_saved_config', 'config_help']
 
 # %% ../nbs/20_config.ipynb #d0caca96
+import dataclasses
 import difflib
 import math
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,26 +55,29 @@ def _resolve(kind, pattern, first, build):
     _Loader.add_constructor(tag, lambda loader, node: build(loader.construct_scalar(node)))
 
 
+def _nothing(text: str) -> None: "However it is written: ~, null, or not at all."
+
+
 def _whole(text: str):
     "A whole number; more digits than Python reads (4,300) stay text, and are refused as such."
     try: return int(text)
     except ValueError: return text
 
 
-_resolve("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda s: None)
+_resolve("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], _nothing)
 _resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"), lambda s: s[0] in "tT")
 _resolve("int", r"^[-+]?[0-9]+$", list("-+0123456789"), _whole)
 _resolve("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
          list("-+0123456789."), float)
 
 # %% ../nbs/20_config.ipynb #6dc4d573
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Registry:
     "A dictionary whose keys are what a field may say. Goes into the field's `Annotated` type."
     module: str                  # of diffusion_model; never imported here
     table: str                   # the dictionary's name in it
     shipped: tuple[str, ...]     # the keys that the library itself brings
-    renamed: dict = field(default_factory=dict)  # names of older versions -> names now
+    renamed: dict = dataclasses.field(default_factory=dict)  # older versions' names -> names now
 
     def names(self) -> list[str]:
         "All names: the registry's keys where its module is loaded, else the shipped ones."
@@ -116,7 +119,8 @@ REGISTRIES = {
         "logistic", "logsnr", "karras", "trailing", "leading", "linspace", "quad"),
         renamed={"logit": "logistic"}),
     "logging.trackers": Registry("tracking", "TRACKERS", ("tensorboard", "wandb")),
-    "logging.callbacks": Registry("callbacks", "CALLBACKS", ()),
+    "logging.callbacks": Registry(
+        "callbacks", "CALLBACKS", ("log", "validate", "stop_early", "draw", "save")),
 }
 
 # %% ../nbs/20_config.ipynb #785e0daf
@@ -330,7 +334,7 @@ def solver_options(
     solvers = getattr(sys.modules.get("diffusion_model.sampler"), "SOLVERS", {})
     return tuple(getattr(solvers.get(name), "options", SOLVER_OPTIONS.get(name, ())))
 
-
+# %% ../nbs/20_config.ipynb #19c994d7
 def _check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> list[str]:
     "The solver's options must be its own, and the steps the schedule's."
     lines, d, s = [], diffusion, sampling
@@ -403,7 +407,7 @@ def _check_all(sections: dict) -> list[str]:
     return [line for check, names in _CLASHES if all(n in sections for n in names)
             for line in check(*(sections[n] for n in names))]
 
-
+# %% ../nbs/20_config.ipynb #62d8139c
 def sections(
     network: str = "unet",     # `model.name`
 ) -> dict[str, type]:          # section -> its pydantic model
@@ -459,7 +463,7 @@ def _allowed(field: dict, found=None) -> str:
     if "anyOf" in field: return " or ".join(_allowed(f, found) for f in field["anyOf"])
     if "enum" in field or "const" in field:
         names = field.get("enum", [field.get("const")])
-        return "one of " + (", ".join(map(str, names)) or "none (none is registered)")
+        return "one of " + ", ".join(map(str, names))
     words = {"integer": "a whole number", "number": "a number", "string": "text", "null": "null",
              "boolean": "true or false", "array": "a list"}
     kind = words.get(field.get("type"), "a value")
@@ -711,8 +715,13 @@ def _choose(overrides, network: str) -> tuple[dict, list[str]]:
 
 # %% ../nbs/20_config.ipynb #ba40b115
 def _load(path: Path, overrides, notes: list = None) -> Config:
-    "Read, override and validate."
-    values, lines = _read(path, notes=notes)
+    "Read, override and validate a file."
+    return _change(*_read(path, notes=notes), overrides)
+
+
+def _change(values: dict, lines: list[str], overrides) -> Config:
+    "Override and validate; `lines` are the errors so far."
+    if not isinstance(overrides, dict): overrides = list(overrides)
     chosen, _ = _choose(overrides, "unet")  # every network has the field name
     network = str(_over(values, chosen).get("model", {}).get("name", "unet"))
     known, unknown = _judged(network)
@@ -721,6 +730,14 @@ def _load(path: Path, overrides, notes: list = None) -> Config:
     lines += unknown + more + wrong + _check_all(built)
     if lines: raise ConfigError(list(dict.fromkeys(lines)))
     return Config(**built)
+
+# %% ../nbs/20_config.ipynb #9ee081e5
+def change_config(
+    cfg: Config,
+    overrides,        # as for `load_config`
+) -> Config:          # another one; `cfg` stays as it is
+    "A config with some fields changed. Raises `ConfigError` with every error, one a line."
+    return _change(cfg.model_dump(), [], overrides)
 
 
 def load_config(
@@ -809,10 +826,12 @@ def load_saved_config(
 # %% ../nbs/20_config.ipynb #7f05eea5
 def config_help(
     network: str = "unet",  # whose fields the section `model` has
+    only: str = None,       # a section; default: all
 ) -> str:
     "Every section, field, type, default and meaning, for `--help`."
     lines, known = [], sections(network)
     for section, cls in known.items():
+        if only not in (None, section): continue
         lines.append(f"\n{section}: {cls.__doc__}")
         schema = cls.model_json_schema()["properties"]
         for name, field in cls.model_fields.items():

@@ -62,14 +62,16 @@ def update(
     self: EMA,
     step: int,  # number of updates before this one: 0 at the first
 ) -> None:
-    "Move the average a little towards the trained weights; copy the buffers."
+    "Move the average a little towards the trained weights; copy buffers and whole numbers."
     if self.network in _LENT or self.source in _LENT:
         raise RuntimeError("the averaged weights are lent to the network: leave `swapped()` "
                            "before `update()`")
-    mine, theirs = list(self.network.parameters()), list(self.source.parameters())
-    torch._foreach_lerp_(mine, theirs, 1 - self.decay_at(step))
-    mine, theirs = list(self.network.buffers()), list(self.source.buffers())
-    if mine: torch._foreach_copy_(mine, theirs)
+    pairs = list(zip(self.network.parameters(), self.source.parameters(), strict=True))
+    moved = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+    copied = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+    copied += zip(self.network.buffers(), self.source.buffers(), strict=True)
+    if moved: torch._foreach_lerp_(*map(list, zip(*moved)), 1 - self.decay_at(step))
+    if copied: torch._foreach_copy_(*map(list, zip(*copied)))
 
 # %% ../nbs/26_ema.ipynb #ae1ae180
 def _swap(a: nn.Module, b: nn.Module) -> None:

@@ -86,7 +86,7 @@ class Step(NamedTuple):
     pred: Pred                  # (x̂_0, ε̂) at x_t
     here: NoiseLevel            # (α_t, σ_t)
     there: NoiseLevel           # (α_s, σ_s)
-    last: "Step | None" = None  # the step before, which knows its own last; no further back
+    last: "Step | None" = None  # the step before, which knows one more before it
     eta: float = 0.             # share of fresh noise, for solvers that understand it
     noise: Callable[[], Tensor] = None        # draws z ~ N(0, I), the same each time it is asked
     denoise: Callable[[Tensor], Pred] = None  # the denoiser at `there`, for a second evaluation
@@ -97,7 +97,7 @@ def _stride(here: NoiseLevel, there: NoiseLevel) -> float:
     ends = here.alpha*there.sigma
     return math.log(there.alpha*here.sigma/ends) if ends else math.inf
 
-# %% ../nbs/04_sampler.ipynb #c803df1f
+# %% ../nbs/04_sampler.ipynb #bd9b6153
 def _midway(pred: Pred, here: NoiseLevel, there: NoiseLevel, last: Step | None) -> Tensor:
     "x̂_0 in the middle of the step, continued from the last two predictions."
     if last is None or last.here.alpha == 0: return pred.x0
@@ -115,7 +115,7 @@ def dpmpp_2m_step(
     middle = _midway(pred, here, there, last)
     return (there.sigma/here.sigma)*x + (there.alpha*shrink)*middle
 
-# %% ../nbs/04_sampler.ipynb #b0beb317
+# %% ../nbs/04_sampler.ipynb #025097e8
 def dpmpp_2m_sde_step(
     x: Tensor, pred: Pred, here: NoiseLevel, there: NoiseLevel,
     last: Step = None,
@@ -180,7 +180,7 @@ class Solver(NamedTuple):
     options: tuple[str, ...] = ()   # which of `sample_iter`'s eta and churn it understands
     evaluations: int = 1            # of the denoiser for each step; the step to clean takes one
 
-# %% ../nbs/04_sampler.ipynb #5812a7d0
+# %% ../nbs/04_sampler.ipynb #3f98dd1b
 def _dpmpp_2m(step): return dpmpp_2m_step(step.x, step.pred, step.here, step.there, step.last)
 
 def _dpmpp_2m_sde(step):
@@ -224,11 +224,17 @@ def _no_noise(purpose: str) -> Tensor:
                      "function of the purpose, or use sample_iter, which brings one")
 
 
+def _past(step: Step | None, depth: int) -> Step | None:
+    "The last steps, and nothing before them: a chain of all would keep every x."
+    if step is None or depth == 0: return None
+    return Step(step.x, step.pred, step.here, step.there, _past(step.last, depth - 1))
+
+
 def _denoise_at(denoiser: DenoiserLike, t: Tensor, cond: Cond) -> Callable[[Tensor], Pred]:
     "The denoiser at one time, for a Step to keep."
     return lambda x: denoiser(x, t, cond)
 
-# %% ../nbs/04_sampler.ipynb #d03ce904
+# %% ../nbs/04_sampler.ipynb #cfff818c
 @torch.no_grad()
 def solve(
     denoiser: DenoiserLike,
@@ -252,8 +258,7 @@ def solve(
         if here != levels[i]: x = renoise(x, levels[i], here, churn.noise*draw(f"churn {i}"))
         pred = denoiser(x, t, cond)
         if correct: x = correct(x, pred, here, last)
-        before = last and Step(last.x, last.pred, last.here, last.there)
-        last = Step(x, pred, here, there, before, eta, partial(draw, f"step {i}"),
+        last = Step(x, pred, here, there, _past(last, 2), eta, partial(draw, f"step {i}"),
                     _denoise_at(denoiser, s, cond))
         x = take(last)
         yield State(i + 1, s, x, pred)
@@ -287,12 +292,13 @@ def check_cond(denoiser: DenoiserLike, cond: Cond, n: int) -> None:
     elif classes and not isinstance(null, dict): _check_labels(cond, n, classes)
     else: map_cond(partial(_check_rows, n), cond, null)
 
-# %% ../nbs/04_sampler.ipynb #c9a123cc
+# %% ../nbs/04_sampler.ipynb #5d72332e
 def _check_labels(cond: Cond, n: int, classes: int) -> None:
     if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (n,):
-        found = f"shape {tuple(cond.shape)} of {cond.dtype}" if isinstance(cond, Tensor) else \
+        found = f"shape {tuple(cond.shape)}, {cond.dtype}" if isinstance(cond, Tensor) else \
             type(cond).__name__
-        raise ValueError(f"labels: found {found}; a tensor of integers, one for each of {n} samples")
+        raise ValueError(f"labels: found {found}; allowed: a tensor of integers, one for each of "
+                         f"{n} samples")
     wrong = cond[(cond < NO_LABEL) | (cond >= classes)]
     if len(wrong): raise ValueError(f"labels: found {int(wrong[0])}; allowed: 0 to {classes - 1}, "
                                     f"or {NO_LABEL} for no label")
@@ -304,7 +310,7 @@ def _check_rows(n: int, cond: Tensor, null) -> None:
     if cond.shape != wanted: raise ValueError(
         f"cond: found shape {tuple(cond.shape)}; allowed: {wanted}, one for each of {n} samples")
 
-
+# %% ../nbs/04_sampler.ipynb #62c28661
 def _check_grid(schedule: NoiseSchedule, grid: Tensor) -> Tensor:
     "A grid of the user's own must fall, within the schedule's times."
     grid = torch.as_tensor(grid).cpu()
@@ -345,7 +351,7 @@ def _evaluated(denoiser: DenoiserLike, states: Iterator[State]) -> Iterator[Stat
         if state is None: return
         yield state
 
-# %% ../nbs/04_sampler.ipynb #f2fdcfd2
+# %% ../nbs/04_sampler.ipynb #c6277ea0
 def device_of(denoiser: DenoiserLike, x: Tensor = None):
     "Where to compute: where the denoiser's network is, or else where x is; None: anywhere."
     network = getattr(denoiser, "network", None)
@@ -362,7 +368,7 @@ def noise_like(
     at = torch.arange(first, first + len(x), device=x.device)
     return lambda purpose: counter_normal(seed, purpose, at, tuple(x.shape[1:])).to(x.dtype)
 
-# %% ../nbs/04_sampler.ipynb #edf49a16
+# %% ../nbs/04_sampler.ipynb #b6f0009e
 def sample_iter(
     denoiser: DenoiserLike,
     shape: tuple,             # (B, ...) of the samples
@@ -390,7 +396,7 @@ def sample_iter(
     cond = map_cond(lambda c: c.to(x.device), cond)
     return _evaluated(denoiser, solve(denoiser, x, grid, solver, cond, eta, churn, draw))
 
-# %% ../nbs/04_sampler.ipynb #8c87118a
+# %% ../nbs/04_sampler.ipynb #89f13218
 def sample(
     denoiser: DenoiserLike, shape: tuple, steps: int = 20, progress: bool = False, **options,
 ) -> Tensor:  # (B, ...) samples

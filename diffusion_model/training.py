@@ -193,14 +193,15 @@ def fit(self: Trainer) -> "Trainer":
 @patch
 def _after_step(self: Trainer, metrics: dict):
     "Call the callbacks, by kind; a step that was made is saved even where one of them fails."
-    ordered = sorted(self.callbacks, key=lambda c: c.order)
-    try:
-        for callback in ordered: callback.after_step(self, metrics)
-    except BaseException:
-        for callback in ordered:
-            with contextlib.suppress(Exception): callback.rescue(self)
-        with contextlib.suppress(Exception): wait_for_checkpoints()
-        raise
+    ordered, errors = sorted(self.callbacks, key=lambda c: c.order), []
+    for callback in ordered:
+        try: callback.after_step(self, metrics)
+        except Exception as error: errors.append(error)
+    if not errors: return
+    with contextlib.suppress(Exception):
+        for callback in ordered: callback.rescue(self)
+        wait_for_checkpoints()
+    raise errors[0]
 
 
 @patch

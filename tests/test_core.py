@@ -237,18 +237,18 @@ def test_edm_is_minus_v_and_has_weight_one():
     for schedule, times in ((COSINE, t), (VE, torch.logspace(-2, 1.9, 50, **f64))):
         weight = loss_weight(Denoiser(None, schedule, "edm"), times, "edm")
         assert torch.allclose(weight, torch.ones(len(times), **f64))
-    sigma, data = torch.logspace(-2, 1.9, 50, **f64), 0.5  # λ·c_out² = 1, with EDM's own constants
-    lam, c_out = (sigma**2 + data**2)/(sigma*data)**2, sigma*data/(sigma**2 + data**2).sqrt()
-    assert torch.allclose(lam*c_out**2, torch.ones(50, **f64))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_inputs_of_ve_are_scaled(prediction):
-    "80 times the noise must not reach the network as 80."
-    seen = []
-    denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
-    denoiser(80*torch.randn(500, 3), torch.tensor(80.))
-    assert abs(seen[0][0].std() - 1) < 0.1 and abs(seen[0][1][0] - 1000) < 1e-2
+    "80 times the noise must not reach the network as 80, nor half the noise as half."
+    for sigma in (80., 0.5):
+        seen = []
+        denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
+        denoiser(torch.ones(500, 3), torch.tensor(sigma))
+        (shown, time), = seen
+        assert torch.allclose(shown, torch.tensor((sigma**2 + 0.25)**-0.5).expand(500, 3))
+        assert abs(time[0] - 1000*math.log(sigma/0.002)/math.log(40_000)) < 1e-2 and len(time) == 500
 
 
 def test_weighting_refused():

@@ -208,7 +208,7 @@ def test_edms_weighting_on_its_own_schedule():
 @pytest.mark.mended(21)
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "sigmoid", "flow", "ve"])
 def test_no_accepted_weighting_lets_the_loss_explode(schedule):
-    "Whatever a config accepts, the mean weight of the loss is of the order of one (EDM's own: 2e4)."
+    "Whatever a config accepts, the loss's mean weight is of the order of one (EDM's own: 2e4)."
     import torch
 
     from diffusion_model.denoiser import create_denoiser, loss_weight
@@ -238,7 +238,7 @@ def test_home_in_output_dir(write, monkeypatch, tmp_path):
 # -- names of before
 
 def test_logit_is_logistic_now(write):
-    "In a file, on the command line, in Python: accepted, and you are told. In a saved config: noted."
+    "In a file, in a command, in Python: accepted, and you are told. In a saved config: noted."
     for make in (lambda: load_config("quickstart", ["--spacing", "logit"]).sampling,
                  lambda: load_config(write("sampling: {spacing: logit}")).sampling,
                  lambda: SamplingConfig(spacing="logit")):
