@@ -26,16 +26,16 @@ LIMITS = {"notebook": 300, "pytest": 900}  # seconds; a mistake that hangs is no
 
 # Which tests belong to a module, likely killers first. `test_MODULE.py` always belongs to it.
 CORE = ["test_core.py"]
-RUNS = ["test_training.py", "faults/test_numbers.py", "test_checkpoint.py", "test_cli.py",
-        "faults/test_fields.py", "faults/test_saving.py", "faults/test_resume.py"]
+RUNS = ["test_training.py", "test_registries.py", "faults/test_numbers.py", "test_checkpoint.py",
+        "test_cli.py", "faults/test_fields.py", "faults/test_saving.py", "faults/test_resume.py"]
 TESTS = {
     "scheduler": CORE, "denoiser": CORE, "oracle": CORE, "guidance": CORE, "editing": CORE,
     "sampler": [*CORE, "test_parity.py"],
     "unet_config": ["test_config.py", "faults/test_fields.py", "test_unet.py"],
-    "networks": ["test_config.py", "test_unet.py", "test_training.py"],
+    "networks": ["test_config.py", "test_unet.py", "test_registries.py"],
     "config": ["faults/test_fields.py", "test_cli.py"],
     "transforms": ["faults/test_images.py"], "dataset": ["faults/test_images.py"],
-    "space": ["test_transforms.py", "test_cli.py", "faults/test_numbers.py"],
+    "space": ["test_transforms.py", "test_registries.py", "test_cli.py", "faults/test_numbers.py"],
     "optimizer": ["test_training.py"], "ema": ["test_training.py"],
     "checkpoint": ["faults/test_saving.py", "test_training.py"],
     "tracking": ["test_training.py", "test_cli.py", "faults/test_saving.py"],
