@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'NO_LABEL', 'Cond', 'WEIGHTINGS', 'Pred', 'DenoiserLike', 'map_cond', 'Denoiser', 'create_denoiser',
-           'loss_weight', 'diffusion_loss', 'wrap', 'clamped', 'thresholded']
+           'Weighed', 'loss_weight', 'diffusion_loss', 'wrap', 'clamped', 'thresholded']
 
 # %% ../nbs/02_denoiser.ipynb #f5061573
 import math
@@ -12,30 +12,34 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .scheduler import NoiseSchedule, create_scheduler, expand
 
 # %% ../nbs/02_denoiser.ipynb #652fbb4e
-#: name -> (p, q) at a level (α, σ), σ_d the data's: the network is asked for p·x_0 + q·ε
-PREDICTIONS = {
-    "eps": lambda alpha, sigma, sigma_d: (torch.zeros_like(alpha), torch.ones_like(alpha)),
-    "x0": lambda alpha, sigma, sigma_d: (torch.ones_like(alpha), torch.zeros_like(alpha)),
-    "v": lambda alpha, sigma, sigma_d: (-sigma, alpha),
-    "flow": lambda alpha, sigma, sigma_d: (-torch.ones_like(alpha), torch.ones_like(alpha)),
-    "edm": lambda alpha, sigma, sigma_d: (sigma/sigma_d/_size(alpha, sigma, sigma_d),
-                                          -alpha*sigma_d/_size(alpha, sigma, sigma_d)),
-}
+def _size(alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    "S: the standard deviation of x_t."
+    return (sigma**2 + (alpha*sigma_data)**2).sqrt()
 
 
-def _size(alpha, sigma, sigma_d):
-    "Standard deviation of x_t."
-    return (sigma**2 + (alpha*sigma_d)**2).sqrt()
+def _eps(alpha, sigma, sigma_data): return torch.zeros_like(alpha), torch.ones_like(alpha)
+def _x0(alpha, sigma, sigma_data): return torch.ones_like(alpha), torch.zeros_like(alpha)
+def _v(alpha, sigma, sigma_data): return -sigma, alpha
+def _flow(alpha, sigma, sigma_data): return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+def _edm(alpha, sigma, sigma_data):
+    size = _size(alpha, sigma, sigma_data)
+    return sigma/sigma_data/size, -alpha*sigma_data/size
+
+
+#: name -> function(α, σ, σ_d) giving (p, q): the network is asked for p·x_0 + q·ε
+PREDICTIONS = {"eps": _eps, "x0": _x0, "v": _v, "flow": _flow, "edm": _edm}
 
 # %% ../nbs/02_denoiser.ipynb #19b55d60
 NO_LABEL = -1  # the label of an image whose class is not to be used
 
-#: what a network is conditioned on: (B,) int64 labels, a float (B, ...), or a dict of tensors
+#: what a network is conditioned on: (B,) int64 labels, float (B, ...), a dict of such, or nothing
 Cond = Tensor | dict[str, Tensor] | None
 
 
@@ -71,7 +75,7 @@ def _make(cond) -> str:
 
 # %% ../nbs/02_denoiser.ipynb #518e5508
 class Denoiser(nn.Module):
-    "A network, read as a belief about image and noise."
+    "A network, read as a prediction of image and noise."
     def __init__(self,
         network: nn.Module,        # network(x, time, cond), cond None if there is none; out like x
         schedule: NoiseSchedule,
@@ -85,56 +89,66 @@ class Denoiser(nn.Module):
         if prediction == "eps" and schedule.alpha_sigma(last)[0] == 0: raise ValueError(
             "prediction: found 'eps' with a schedule that ends in pure noise, where the noise says "
             "nothing about the image: choose 'v', 'x0', 'flow' or 'edm'")
-        self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.sigma_data, self._known = sigma_data, {}
+        self.network, self.schedule = network, schedule
+        self.prediction, self.sigma_data = prediction, sigma_data
+        self._known = {}
 
     @property
-    def num_classes(self) -> int:
-        "Classes that the network was given labels of; 0 where it takes no labels."
+    def num_classes(self) -> int:  # 0 where the network takes no labels
         return getattr(self.network, "num_classes", 0)
 
     @property
-    def null_cond(self):
-        "The condition of one sample that means 'none', as the network states it; None: has none."
+    def null_cond(self):  # the condition 'none' of one sample; None where there are no conditions
         return getattr(self.network, "null_cond", None)
 
-    def coefs(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "α, σ, p, q at time t."
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return alpha, sigma, *PREDICTIONS[self.prediction](alpha, sigma, self.sigma_data)
-
-    def _at(self, t: Tensor) -> tuple[float, float, float, float]:
-        "The same for one time, as plain numbers: computed once, and known from then on."
-        key = t.item()
-        if key not in self._known: self._known[key] = tuple(c.item() for c in self.coefs(t))
-        return self._known[key]
-
-    def output(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        "The network's own answer, in x's precision."
-        shown, time = x, self.schedule.network_time(t)
-        if self.prediction == "edm" or self.schedule.scales_input:
-            shown = x/expand(_size(*self.schedule.alpha_sigma(t), self.sigma_data), x)
-        # one time for all: filled in, not copied, so that no device is waited for
-        time = time.to(x.device, non_blocking=x.is_cuda) if t.ndim else \
-            torch.full((len(x),), time.item(), device=x.device)
-        return self.network(shown, time, cond).to(x.dtype)
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        "What the network should have answered: p·x_0 + q·ε."
-        _, _, p, q = self.coefs(t)
-        return expand(p, x0)*x0 + expand(q, x0)*noise
-
-    def forward(self,
-        x: Tensor,         # (B, ...) x_t
-        t: Tensor,         # (B,) times of the schedule; or (), on the CPU: one for all
-        cond: Cond = None,  # what the network is conditioned on
-    ) -> Pred:
-        out = self.output(x, t, cond)
-        alpha, sigma, p, q = (expand(c, x) for c in self.coefs(t)) if t.ndim else self._at(t)
-        det = alpha*q - sigma*p
-        return Pred((q*x - sigma*out)/det, (alpha*out - p*x)/det)
+# %% ../nbs/02_denoiser.ipynb #c76792de
+@patch
+def coefs(self: Denoiser, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "α, σ, p, q at time t, in float64."
+    alpha, sigma = self.schedule.alpha_sigma(t)
+    return alpha, sigma, *PREDICTIONS[self.prediction](alpha, sigma, self.sigma_data)
 
 
+@patch
+def target(self: Denoiser, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # (B, ...)
+    "What the network should have answered: p·x_0 + q·ε."
+    _, _, p, q = self.coefs(t)
+    return expand(p, x0)*x0 + expand(q, x0)*noise
+
+# %% ../nbs/02_denoiser.ipynb #68917fec
+@patch
+def output(self: Denoiser, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:  # (B, ...)
+    "The network's own answer, in x's precision."
+    shown, time = x, self.schedule.network_time(t)
+    if self.prediction == "edm" or self.schedule.scales_input:
+        shown = x/expand(_size(*self.schedule.alpha_sigma(t), self.sigma_data), x)
+    # one time for all: filled in, not copied, so that no device is waited for
+    time = time.to(x.device, non_blocking=x.is_cuda) if t.ndim else \
+        torch.full((len(x),), time.item(), device=x.device)
+    return self.network(shown, time, cond).to(x.dtype)
+
+# %% ../nbs/02_denoiser.ipynb #cd9bd969
+@patch
+def _at(self: Denoiser, t: Tensor) -> tuple[float, float, float, float]:
+    "`coefs` for one time, as plain numbers: computed once, and known from then on."
+    key = t.item()
+    if key not in self._known: self._known[key] = tuple(c.item() for c in self.coefs(t))
+    return self._known[key]
+
+
+@patch
+def forward(self: Denoiser,
+    x: Tensor,          # (B, ...) x_t
+    t: Tensor,          # (B,) times of the schedule; or (), on the CPU: one for all
+    cond: Cond = None,  # what the network is conditioned on
+) -> Pred:
+    "The prediction of image and noise that the network's answer means."
+    out = self.output(x, t, cond)
+    alpha, sigma, p, q = (expand(c, x) for c in self.coefs(t)) if t.ndim else self._at(t)
+    det = alpha*q - sigma*p
+    return Pred((q*x - sigma*out)/det, (alpha*out - p*x)/det)
+
+# %% ../nbs/02_denoiser.ipynb #899276bb
 def create_denoiser(
     diffusion,           # a config's `diffusion` section, or any object with its fields
     network: nn.Module,  # network(x, time, cond)
@@ -144,19 +158,29 @@ def create_denoiser(
                     diffusion.sigma_data)
 
 # %% ../nbs/02_denoiser.ipynb #a58b6d94
-#: name -> weight of the squared error of x̂_0 where the network's answer has determinant `det`
-WEIGHTINGS = {
-    "uniform": lambda snr, det2, sigma_d, gamma, bias: det2,
-    "min_snr": lambda snr, det2, sigma_d, gamma, bias: snr.clamp(max=gamma),
-    "edm": lambda snr, det2, sigma_d, gamma, bias: 1/sigma_d**2 + snr,
-    "sigmoid": lambda snr, det2, sigma_d, gamma, bias: snr*(bias - snr.log()).sigmoid(),
-}
+class Weighed(NamedTuple):
+    "What a weighting may ask: of each time, of the data, and its own setting."
+    snr: Tensor        # (B,) α²/σ²
+    simple: Tensor     # (B,) (det/σ)²: with this weight of x̂_0 that of the output is 1
+    sigma_data: float
+    gamma: float       # of min_snr
+    bias: float        # of sigmoid
 
 
+def _simple(at: Weighed): return at.simple
+def _min_snr(at: Weighed): return at.snr.clamp(max=at.gamma)
+def _edm_weight(at: Weighed): return 1/at.sigma_data**2 + at.snr
+def _sigmoid(at: Weighed): return at.snr*(at.bias - at.snr.log()).sigmoid()
+
+
+#: name -> function(Weighed) giving the weight of the squared error of x̂_0, (B,)
+WEIGHTINGS = {"uniform": _simple, "min_snr": _min_snr, "edm": _edm_weight, "sigmoid": _sigmoid}
+
+# %% ../nbs/02_denoiser.ipynb #2a6ab7fc
 def loss_weight(
-    denoiser: "Denoiser",
+    denoiser: Denoiser,
     t: Tensor,                   # (B,) times
-    weighting: str = "uniform",  # a key of WEIGHTINGS
+    weighting: str = "uniform",  # a key of WEIGHTINGS; edm: for predictions v, flow and edm
     gamma: float = 5.,           # of min_snr
     bias: float = 2.,            # of sigmoid
 ) -> Tensor:                     # (B,) weight of the squared error of the network's output
@@ -164,9 +188,9 @@ def loss_weight(
     if weighting not in WEIGHTINGS: raise ValueError(
         f"loss_weighting: found '{weighting}'; known are {', '.join(WEIGHTINGS)}")
     alpha, sigma, p, q = denoiser.coefs(t)
-    to_x0 = (sigma/(alpha*q - sigma*p))**2
-    w_x0 = WEIGHTINGS[weighting]((alpha/sigma)**2, 1/to_x0, denoiser.sigma_data, gamma, bias)
-    return w_x0*to_x0
+    to_x0 = (sigma/(alpha*q - sigma*p))**2  # squared error of x̂_0 for one of the output
+    at = Weighed((alpha/sigma)**2, 1/to_x0, denoiser.sigma_data, gamma, bias)
+    return WEIGHTINGS[weighting](at)*to_x0
 
 
 def diffusion_loss(
@@ -192,7 +216,7 @@ def wrap(denoiser: DenoiserLike, call: Callable[..., Pred]) -> DenoiserLike:
     return call
 
 
-def _with_x0(denoiser, change):
+def _with_x0(denoiser: DenoiserLike, change: Callable[[Tensor], Tensor]) -> DenoiserLike:
     "A denoiser whose x̂_0 is changed, and its ε̂ derived again so that both still explain x_t."
     def call(x, t, cond=None):
         x0 = change(denoiser(x, t, cond).x0)
@@ -220,8 +244,8 @@ def thresholded(
     middle, half = (high + low)/2, (high - low)/2
 
     def change(x0):
-        u = (x0 - middle)/half
-        size = u.abs().flatten(1)
+        unit = (x0 - middle)/half
+        size = unit.abs().flatten(1)
         widest = size.kthvalue(max(1, math.ceil(share*size.shape[1])), dim=1).values.clamp(min=1)
-        return middle + half*(u/expand(widest, u)).clamp(-1, 1)
+        return middle + half*(unit/expand(widest, unit)).clamp(-1, 1)
     return _with_x0(denoiser, change)

@@ -9,6 +9,7 @@ __all__ = ['GaussianMixture']
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .counters import counter_normal, counter_uniform
@@ -22,9 +23,9 @@ class GaussianMixture:
         schedule: NoiseSchedule,
         means: Tensor,           # (K, ...) one for each component: of any shape
         std=0.,                  # standard deviation within a component: a number or (K,)
-        weights: Tensor = None,  # (K,) shares, default equal
+        weights: Tensor = None,  # (K,) shares, default equal; their sum does not matter
         labels: Tensor = None,   # (K,) int64 class of each component, for a conditional oracle
-        chunk: int = 2048,       # components looked at together: bounds the memory
+        chunk: int = 2048,       # components taken together: bounds the memory
     ):
         self.schedule, self.means, self.labels, self.chunk = schedule, means, labels, chunk
         K = len(means)
@@ -34,60 +35,80 @@ class GaussianMixture:
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
         self.null_cond = None if labels is None else NO_LABEL
 
-    def _chunks(self, x: Tensor, t: Tensor, cond: Cond):
-        "For each chunk of components: their log w_k (B, k), log N(x; αμ_k, v_k) (B, k), μ, s², v."
-        alpha, sigma = (c.to(x.dtype).to(x.device).reshape(-1, 1)
-                        for c in self.schedule.alpha_sigma(t))
-        flat = x.flatten(1)
-        for k in range(0, len(self.means), self.chunk):
-            part = slice(k, k + self.chunk)
-            means, variance = self.means[part].flatten(1).to(x), self.variance[part].to(x)
-            v = alpha**2*variance + sigma**2
-            square = torch.cdist(flat, alpha*means)**2 if len(alpha) == 1 else \
-                ((flat[:, None] - alpha[:, :, None]*means)**2).sum(-1)
-            log_w = self.log_weights[part].to(x).expand(len(x), -1)
-            if cond is not None:
-                other = (cond[:, None] != self.labels[part].to(cond)) & (cond[:, None] != NO_LABEL)
-                log_w = log_w.masked_fill(other, -torch.inf)
-            yield log_w, -square/(2*v) - flat.shape[1]/2*(2*math.pi*v).log(), means, variance, v
+# %% ../nbs/03_oracle.ipynb #333f06ec
+def _as(v: Tensor, x: Tensor) -> Tensor:
+    return v.to(x.dtype).to(x.device)  # in this order: not every device has every precision
 
-    def __call__(self,
-        x: Tensor,         # (B, ...) x_t
-        t: Tensor,         # (B,) or () times
-        cond: Tensor = None,  # (B,) int64: believe in components of this label only; NO_LABEL: in all
-    ) -> Pred:
-        "Posterior means of image and noise, exactly; a softmax that streams over the components."
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        row = alpha.to(x.dtype).to(x.device).reshape(-1, 1)
-        top = torch.full((len(x), 1), -torch.inf, dtype=x.dtype, device=x.device)
-        total = shrink = mean = 0.
-        for log_w, log_n, means, variance, v in self._chunks(x, t, cond):
-            log = log_w + log_n
-            new = torch.maximum(top, log.amax(1, keepdim=True))
-            base = new.clamp(min=-1e30)  # where all is -inf so far, a difference must not be NaN
-            r, keep = (log - base).exp(), (top - base).exp()
-            pull = r*row*variance/v  # share of x_t in each component's mean
-            total = total*keep + r.sum(1, keepdim=True)
-            shrink = shrink*keep + pull.sum(1, keepdim=True)
-            mean, top = mean*keep + (r - pull*row) @ means, new
-        x0 = ((mean + shrink*x.flatten(1))/total).view_as(x)
-        return Pred(x0, (x - expand(alpha, x)*x0)/expand(sigma, x))
 
-    def log_prob(self, x: Tensor, t: Tensor, cond: Tensor = None) -> Tensor:  # (B,)
-        "log p_t(x) or log p_t(x | cond), exactly. At the clean time it needs std > 0."
-        if (self.schedule.alpha_sigma(t)[1] == 0).any() and (self.variance == 0).any():
-            raise ValueError(f"t: found {t.min().item()}, which is clean; single points have no "
-                             "density there: choose a noisier time, or std > 0")
-        logs = [(log_w, log_n) for log_w, log_n, *_ in self._chunks(x, t, cond)]
-        log_w = torch.cat([w for w, _ in logs], 1)
-        joint = log_w + torch.cat([n for _, n in logs], 1)
-        return joint.logsumexp(1) - log_w.logsumexp(1)
+def _squares(x: Tensor, alpha: Tensor, means: Tensor, most: int) -> Tensor:  # (B, k)
+    "‖x_t − αμ_k‖² for images (B, D) and means (k, D), with at most `most` differences at once."
+    if len(alpha) == 1: return torch.cdist(x, alpha*means)**2
+    rows = max(1, most//len(means))
+    return torch.cat([((some[:, None] - each[:, :, None]*means)**2).sum(-1)
+                      for some, each in zip(x.split(rows), alpha.split(rows))])
 
-    def sample(self, n: int, seed: int = 0) -> Tensor:  # (n, ...) clean
-        "Draw from the data distribution itself."
-        at = torch.arange(n)
-        edges = self.log_weights.exp().cumsum(0).cpu()
-        u = counter_uniform(seed, "component", at)[:, 0]
-        k = torch.searchsorted(edges, u).clamp(max=len(edges) - 1)
-        z = counter_normal(seed, "data", at, self.means.shape[1:]).to(self.means)
-        return self.means[k] + expand(self.variance[k].sqrt(), z)*z
+
+@patch
+def _chunks(self: GaussianMixture, x: Tensor, t: Tensor, cond: Tensor | None):
+    "For each chunk of components: log π_k (B, k), log N(x; αμ_k, S_k²) (B, k), μ, σ_k², S_k²."
+    flat = x.flatten(1)
+    alpha, sigma = (expand(coef.reshape(-1), flat) for coef in self.schedule.alpha_sigma(t))
+    for k in range(0, len(self.means), self.chunk):
+        part = slice(k, k + self.chunk)
+        means, variance = _as(self.means[part].flatten(1), x), _as(self.variance[part], x)
+        size2 = alpha**2*variance + sigma**2
+        log_share = _as(self.log_weights[part], x).expand(len(x), -1)
+        if cond is not None:
+            other = (cond[:, None] != self.labels[part].to(cond)) & (cond[:, None] != NO_LABEL)
+            log_share = log_share.masked_fill(other, -torch.inf)
+        square = _squares(flat, alpha, means, self.chunk)
+        log_density = -square/(2*size2) - flat.shape[1]/2*(2*math.pi*size2).log()
+        yield log_share, log_density, means, variance, size2
+
+# %% ../nbs/03_oracle.ipynb #c39c8aa7
+@patch
+def __call__(self: GaussianMixture,
+    x: Tensor,         # (B, ...) x_t
+    t: Tensor,         # (B,) or () times
+    cond: Cond = None,  # (B,) int64: components of this label only; NO_LABEL: all
+) -> Pred:
+    "Posterior means of image and noise, exactly; a softmax that streams over the components."
+    alpha, sigma = self.schedule.alpha_sigma(t)
+    flat = x.flatten(1)
+    row = expand(alpha.reshape(-1), flat)
+    top = torch.full((len(x), 1), -torch.inf, dtype=x.dtype, device=x.device)
+    total = shrink = mean = 0.
+    for log_share, log_density, means, variance, size2 in self._chunks(x, t, cond):
+        log = log_share + log_density
+        new = torch.maximum(top, log.amax(1, keepdim=True))
+        base = new.clamp(min=-1e30)  # where all is -inf so far, a difference must not be NaN
+        likely, keep = (log - base).exp(), (top - base).exp()
+        pull = likely*row*variance/size2  # share of x_t in each component's mean
+        total = total*keep + likely.sum(1, keepdim=True)
+        shrink = shrink*keep + pull.sum(1, keepdim=True)
+        mean, top = mean*keep + (likely - pull*row) @ means, new
+    x0 = ((mean + shrink*flat)/total).view_as(x)
+    return Pred(x0, (x - expand(alpha, x)*x0)/expand(sigma, x))
+
+# %% ../nbs/03_oracle.ipynb #dca22d31
+@patch
+def log_prob(self: GaussianMixture, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:  # (B,)
+    "log p_t(x) or log p_t(x | cond). Raises ValueError at the clean time where a std is 0."
+    if (self.schedule.alpha_sigma(t)[1] == 0).any() and (self.variance == 0).any():
+        raise ValueError(f"t: found {t.min().item()}, which is clean; single points have no "
+                         "density there: choose a noisier time, or std > 0")
+    logs = [(log_share, log_density) for log_share, log_density, *_ in self._chunks(x, t, cond)]
+    log_share = torch.cat([share for share, _ in logs], 1)
+    joint = log_share + torch.cat([density for _, density in logs], 1)
+    return joint.logsumexp(1) - log_share.logsumexp(1)
+
+
+@patch
+def sample(self: GaussianMixture, n: int, seed: int = 0) -> Tensor:  # (n, ...) clean
+    "Draw from the data distribution itself."
+    at = torch.arange(n)
+    edges = self.log_weights.exp().cumsum(0).cpu()
+    u = counter_uniform(seed, "component", at)[:, 0]
+    k = torch.searchsorted(edges, u).clamp(max=len(edges) - 1)
+    z = _as(counter_normal(seed, "data", at, self.means.shape[1:]), self.means)
+    return self.means[k] + expand(self.variance[k].sqrt(), z)*z

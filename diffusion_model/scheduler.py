@@ -23,11 +23,21 @@ class NoiseLevel(NamedTuple):
     sigma: float
 
 
-def expand(coef: Tensor, x: Tensor) -> Tensor:
-    "One number for each image of a batch, or one for all, made to multiply with `x`."
-    if coef.ndim == 0 and coef.device.type == "cpu": return coef  # works on any device, no copy
-    coef = coef.to(x.dtype)  # first, since not every device has every precision
-    coef = coef.to(x.device, non_blocking=x.is_cuda)  # so that the loop never waits
+def _able(t: Tensor) -> Tensor:
+    "`t` on a device that has float64: its own, or the CPU where that has none (Apple's mps)."
+    return t.cpu() if t.device.type == "mps" else t
+
+
+def expand(
+    coef: Tensor,  # (B,) one number for each image, or () one for all
+    x: Tensor,     # (B, ...) the images
+) -> Tensor:       # (B, 1, ...) or (), in the precision of x
+    "Numbers made to multiply with `x`: of its dimensions, its precision, and on its device."
+    # one number of the CPU multiplies on every device without being copied there
+    one = coef.ndim == 0 and coef.device.type == "cpu"
+    if one: return coef.to(torch.promote_types(x.dtype, torch.float32))
+    coef = coef.to(x.dtype)  # before it moves, since not every device has every precision
+    coef = coef.to(x.device, non_blocking=x.is_cuda)  # so that nothing is waited for
     return coef.reshape(-1, *[1]*(x.ndim - 1))
 
 # %% ../nbs/01_scheduler.ipynb #8591c34f
@@ -36,10 +46,13 @@ class NoiseSchedule:
     T: int | None = None        # number of steps of a discrete schedule
     clean: float = 0.           # the time at which nothing but signal is left
     noisy: float = 1.           # the time at which sampling starts
-    min_ratio: float = 0.002        # the smallest σ/α worth a stop before clean (Karras et al. 2022)
+    min_ratio: float = 0.002    # the smallest σ/α worth a stop before clean (Karras et al. 2022)
     scales_input: bool = False  # x_t grows with the noise: a network must be shown it scaled
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:  # float64, of t's shape
+    def alpha_sigma(self,
+        t: Tensor,               # times, of any shape, on any device
+    ) -> tuple[Tensor, Tensor]:  # float64, of t's shape; on t's device, if that has float64
+        "How much signal and how much noise there is at each time."
         raise TypeError(f"{type(self).__name__} does not say how signal and noise mix: "
                         "define alpha_sigma(t)")
 
@@ -47,32 +60,44 @@ class NoiseSchedule:
         "The time as the network is shown it."
         return t.float()
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        "λ = ln(α²/σ²); infinite where there is no noise."
-        alpha, sigma = self.alpha_sigma(t)
-        return 2*(alpha.log() - sigma.log())
+# %% ../nbs/01_scheduler.ipynb #353d19f3
+@patch
+def add_noise(self: NoiseSchedule,
+    x0: Tensor,     # (B, ...) clean
+    noise: Tensor,  # (B, ...) standard normal
+    t: Tensor,      # (B,) times, or () one for all
+) -> Tensor:        # (B, ...) x_t
+    "Jump to time t: q(x_t | x_0) (Ho et al. 2020, Eq. 4)."
+    alpha, sigma = self.alpha_sigma(t)
+    return expand(alpha, x0)*x0 + expand(sigma, x0)*noise
 
-    def t_of_log_snr(self, l: Tensor) -> Tensor:  # float64, of l's shape
-        "The time at which λ is `l`, found by halving: the inverse of `log_snr`."
-        low, high = torch.full_like(l, self.clean), torch.full_like(l, self.noisy)
-        for _ in range(60):
-            middle = (low + high)/2
-            cleaner = self.log_snr(middle) > l
-            low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
-        return high
 
-    def add_noise(self,
-        x0: Tensor,     # (B, ...) clean
-        noise: Tensor,  # (B, ...) standard normal
-        t: Tensor,      # (B,) times
-    ) -> Tensor:        # (B, ...) x_t
-        "Jump to time t: q(x_t | x_0) (Ho et al. 2020, Eq. 4)."
-        alpha, sigma = self.alpha_sigma(t)
-        return expand(alpha, x0)*x0 + expand(sigma, x0)*noise
+@patch
+def levels(self: NoiseSchedule, grid: Tensor) -> list[NoiseLevel]:
+    "α and σ at each time of a grid, as plain numbers."
+    alpha, sigma = self.alpha_sigma(grid)
+    return [NoiseLevel(*pair) for pair in zip(alpha.tolist(), sigma.tolist())]
 
-    def levels(self, grid: Tensor) -> list[NoiseLevel]:
-        "α and σ at each time of a grid, as plain numbers."
-        return [NoiseLevel(a, s) for a, s in zip(*(v.tolist() for v in self.alpha_sigma(grid)))]
+# %% ../nbs/01_scheduler.ipynb #8e9d3aa4
+@patch
+def log_snr(self: NoiseSchedule, t: Tensor) -> Tensor:  # float64, of t's shape
+    "λ = ln(α²/σ²); infinite where there is no noise."
+    alpha, sigma = self.alpha_sigma(t)
+    return 2*(alpha.log() - sigma.log())
+
+
+@patch
+def t_of_log_snr(self: NoiseSchedule,
+    lam: Tensor,  # λ, of any shape; ±infinite too
+) -> Tensor:      # float64, of lam's shape
+    "The time at which the log-SNR is λ, found by halving: the inverse of `log_snr`."
+    lam = _able(lam).double()
+    low, high = torch.full_like(lam, self.clean), torch.full_like(lam, self.noisy)
+    for _ in range(60):
+        middle = (low + high)/2
+        cleaner = self.log_snr(middle) > lam
+        low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
+    return high
 
 # %% ../nbs/01_scheduler.ipynb #d40282de
 def _rescaled(betas: Tensor, T: int) -> Tensor:
@@ -89,26 +114,30 @@ def linear_betas(
     start: float = 1e-4,     # β_0, stated for T = 1000
     end: float = 0.02,       # β_{T-1}, stated for T = 1000
 ) -> Tensor:                 # (T,) float64
-    "β linear in t (Ho et al. 2020, section 4), rescaled to T."
+    "β linear in t (Ho et al. 2020, section 4), rescaled to T. Raises ValueError for too few steps."
     return _rescaled(torch.linspace(start, end, T, dtype=torch.float64), T)
 
-
-def scaled_linear_betas(T: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    "√β linear in t (Rombach et al. 2022), rescaled to T."
+# %% ../nbs/01_scheduler.ipynb #3c9d4751
+def scaled_linear_betas(
+    T: int = 1000,           # steps; at least 13 for the defaults
+    start: float = 0.00085,  # β_0, stated for T = 1000
+    end: float = 0.012,      # β_{T-1}, stated for T = 1000
+) -> Tensor:                 # (T,) float64
+    "√β linear in t (Rombach et al. 2022), rescaled to T. Raises ValueError for too few steps."
     return _rescaled(torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64)**2, T)
 
-
+# %% ../nbs/01_scheduler.ipynb #10da5f1e
 def cosine_betas(
     T: int = 1000,
-    s: float = 0.008,         # offset: keeps the first betas from being too small
+    offset: float = 0.008,    # keeps the first betas from being too small
     max_beta: float = 0.999,  # the last one would be 1
 ) -> Tensor:                  # (T,) float64
     "β from a squared cosine ᾱ (Nichol & Dhariwal 2021, Eq. 17)."
     tau = torch.arange(T + 1, dtype=torch.float64)/T
-    bar = torch.cos((tau + s)/(1 + s)*math.pi/2)**2
+    bar = torch.cos((tau + offset)/(1 + offset)*math.pi/2)**2
     return (1 - bar[1:]/bar[:-1]).clamp(max=max_beta)
 
-
+# %% ../nbs/01_scheduler.ipynb #f215fd61
 def sigmoid_betas(
     T: int = 1000,
     start: float = -3.,       # the sigmoid is followed from here …
@@ -120,22 +149,29 @@ def sigmoid_betas(
     bar = (bar - bar[-1])/(bar[0] - bar[-1])
     return (1 - bar[1:]/bar[:-1]).clamp(max=max_beta)
 
+# %% ../nbs/01_scheduler.ipynb #d11f6d10
+def _checked(betas) -> Tensor:  # (T,) float64
+    "Betas that a chain can have. Raises ValueError for none, and for one outside (0, 1)."
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    if not len(betas): raise ValueError("betas: found none; each must lie in (0, 1)")
+    bad = (~((betas > 0) & (betas < 1))).nonzero()
+    if len(bad): raise ValueError(f"betas: found {betas[bad[0, 0]]:.4g} at t = {int(bad[0, 0])}; "
+                                  "each must lie in (0, 1)")
+    return betas
+
 # %% ../nbs/01_scheduler.ipynb #a3687efa
 class VPSchedule(NoiseSchedule):
     "Variance-preserving, discrete: DDPM's. t is 0 … T-1; t = -1 is clean; others in between."
     clean = -1
 
     def __init__(self,
-        betas: Tensor,               # (T,) each in (0, 1)
+        betas: Tensor,                # (T,) each in (0, 1)
         zero_terminal: bool = False,  # rescale until no signal is left at T-1 (Lin et al. 2023)
     ):
-        self.betas = torch.as_tensor(betas, dtype=torch.float64)
-        bad = ~((self.betas > 0) & (self.betas < 1))
-        if not len(self.betas) or bad.any(): raise ValueError(
-            "betas: found " + (f"{self.betas[bad][0]:.4g} at t = {int(bad.nonzero()[0])}"
-                               if len(self.betas) else "none") + "; each must lie in (0, 1)")
-        self.T, self.noisy = len(self.betas), len(self.betas) - 1
+        self.betas = _checked(betas)
         if zero_terminal: self.betas = _zero_terminal(self.betas)
+        self.T = len(self.betas)
+        self.noisy = self.T - 1
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
         bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
@@ -151,25 +187,34 @@ class VPSchedule(NoiseSchedule):
     def _table(self, device: torch.device) -> Tensor:
         "(3, T+1): α, σ and their angle from clean on, kept on each device that asked."
         if device not in self._tables:
-            kind = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-            self._tables[device] = self._tables[torch.device("cpu")].to(device, kind)
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._table(t.device)
-        if not t.is_floating_point(): return tuple(table[:2, t.long() + 1])
-        low = t.floor().clamp(-1, self.T - 1).long()
-        (a, s, angle), next_angle = table[:, low + 1], table[2, (low + 2).clamp(max=self.T)]
-        w = (t - low).to(a.dtype)
-        angle = angle + w*(next_angle - angle)
-        return torch.where(w == 0, a, angle.cos()), torch.where(w == 0, s, angle.sin())
+# %% ../nbs/01_scheduler.ipynb #bf0ddbd6
+@patch
+def alpha_sigma(self: VPSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    "From the table at whole times; in between, at an angle in between."
+    t = _able(t)
+    table = self._table(t.device)
+    if not t.is_floating_point(): return tuple(table[:2, t.long() + 1])
+    low = t.floor().clamp(-1, self.T - 1).long()
+    alpha, sigma, angle = table[:, low + 1]
+    next_angle = table[2, (low + 2).clamp(max=self.T)]
+    share = (t - low).to(table.dtype)
+    angle = angle + share*(next_angle - angle)
+    whole = share == 0
+    return torch.where(whole, alpha, angle.cos()), torch.where(whole, sigma, angle.sin())
 
-    def t_of_log_snr(self, l: Tensor) -> Tensor:
-        angles = self._table(l.device)[2]
-        angle = torch.atan((-l/2).exp()).to(angles.dtype)
-        high = torch.searchsorted(angles, angle).clamp(1, self.T)
-        return (high - 2 + (angle - angles[high - 1])/(angles[high] - angles[high - 1])).clamp(
-            0, self.noisy)
+
+@patch
+def t_of_log_snr(self: VPSchedule, lam: Tensor) -> Tensor:
+    "The time at which the angle is that of λ: the inverse of `log_snr`."
+    lam = _able(lam).double()
+    angles = self._table(lam.device)[2]
+    angle = torch.atan((-lam/2).exp())
+    high = torch.searchsorted(angles, angle).clamp(1, self.T)
+    share = (angle - angles[high - 1])/(angles[high] - angles[high - 1])
+    return (high - 2 + share).clamp(0, self.noisy)
 
 # %% ../nbs/01_scheduler.ipynb #7acfc8ed
 def _zero_terminal(betas: Tensor) -> Tensor:
@@ -183,13 +228,13 @@ def _zero_terminal(betas: Tensor) -> Tensor:
 class FlowSchedule(NoiseSchedule):
     "The straight path of rectified flow (Liu et al. 2022): α = 1-t, σ = t, t in [0, 1]."
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.float() if t.device.type == "mps" else t.double()  # mps has no float64
+        t = _able(t).double()
         return 1 - t, t
 
-    def t_of_log_snr(self, l: Tensor) -> Tensor: return (-l/2).sigmoid()
+    def t_of_log_snr(self, lam: Tensor) -> Tensor: return (-_able(lam).double()/2).sigmoid()
     def network_time(self, t: Tensor) -> Tensor: return 1000*t.float()
 
-
+# %% ../nbs/01_scheduler.ipynb #a2e23060
 class VESchedule(NoiseSchedule):
     "Variance-exploding, as in EDM (Karras et al. 2022, section 4): α = 1, σ = t."
     scales_input = True
@@ -204,10 +249,10 @@ class VESchedule(NoiseSchedule):
         self.min_ratio, self.noisy = sigma_min, float(sigma_max)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.float() if t.device.type == "mps" else t.double()
+        t = _able(t).double()
         return torch.ones_like(t), t
 
-    def t_of_log_snr(self, l: Tensor) -> Tensor: return (-l/2).exp()
+    def t_of_log_snr(self, lam: Tensor) -> Tensor: return (-_able(lam).double()/2).exp()
 
     def network_time(self, t: Tensor) -> Tensor:
         return 1000*(t.float()/self.min_ratio).log()/math.log(self.noisy/self.min_ratio)
@@ -216,9 +261,11 @@ class VESchedule(NoiseSchedule):
 def _posterior_coefs(here, there):
     "Factors of x_t and x_0 in the mean, and the variance, of q(x_s | x_t, x_0)."
     (alpha_t, sigma_t), (alpha_s, sigma_s) = here, there
-    a = alpha_t/alpha_s
-    v = sigma_t**2 - a**2*sigma_s**2
-    return a*sigma_s**2/sigma_t**2, alpha_s*v/sigma_t**2, v*sigma_s**2/sigma_t**2
+    alpha_ts = alpha_t/alpha_s                           # α_{t|s}
+    variance_ts = sigma_t**2 - alpha_ts**2*sigma_s**2    # σ²_{t|s}
+    of_xt = alpha_ts*sigma_s**2/sigma_t**2
+    of_x0 = alpha_s*variance_ts/sigma_t**2
+    return of_xt, of_x0, variance_ts*sigma_s**2/sigma_t**2
 
 
 @patch
@@ -236,68 +283,86 @@ def posterior(self: NoiseSchedule,
     return mean, variance, variance.clamp(min=1e-20).log()
 
 # %% ../nbs/01_scheduler.ipynb #4ec4a187
-#: name -> (time from (schedule, u, z = Φ⁻¹(u), mean, std), default mean, default std)
-TIMESTEPS = {
-    "uniform": (lambda s, u, z, mean, std: s.time(u), 0., 1.),
-    "logit_normal": (lambda s, u, z, mean, std: s.time((mean + std*z).sigmoid()), 0., 1.),
-    "log_normal": (lambda s, u, z, mean, std: s.t_of_log_snr(-2*(mean + std*z)), -1.2, 1.2),
-}
-
-
 @patch
-def time(self: NoiseSchedule, u: Tensor) -> Tensor:
-    "The time that lies a share `u` of the way from clean to noisy."
-    if self.T: return u*self.T - 0.5  # the middle of the u-th of T equal parts
-    return self.min_ratio**(1 - u)*self.noisy**u if self.scales_input else u*self.noisy
+def time(self: NoiseSchedule, tau: Tensor) -> Tensor:
+    "The time that lies a share τ of the way from clean to noisy."
+    if self.T: return tau*self.T - 0.5  # the middle of the τ-th of T equal parts
+    return self.min_ratio**(1 - tau)*self.noisy**tau if self.scales_input else tau*self.noisy
 
 
+def _normal(u: Tensor) -> Tensor:
+    "z = Φ⁻¹(u), finite for the smallest and the largest u of float32 too."
+    return torch.special.ndtri(u.clamp(2.**-25, 1 - 2.**-25))
+
+
+def _uniform(schedule, u, mean=None, std=None): return schedule.time(u)  # it has neither
+
+def _logit_normal(schedule, u, mean=0., std=1.):
+    return schedule.time((mean + std*_normal(u)).sigmoid())
+
+def _log_normal(schedule, u, mean=-1.2, std=1.2):
+    return schedule.t_of_log_snr(-2*(mean + std*_normal(u)))
+
+
+#: name -> function(schedule, u, mean=…, std=…) giving times; the defaults are the paper's
+TIMESTEPS = {"uniform": _uniform, "logit_normal": _logit_normal, "log_normal": _log_normal}
+
+# %% ../nbs/01_scheduler.ipynb #5756d463
 @patch
 def sample_timesteps(self: NoiseSchedule,
     u: Tensor,               # (n,) uniform in [0, 1)
     how: str = "uniform",    # a key of TIMESTEPS
     mean: float = None,      # of the normal number; default: the paper's
-    std: float = None,
+    std: float = None,       # of the normal number; default: the paper's
 ) -> Tensor:  # (n,) times: int64 0 … T-1, or float32 above clean for continuous schedules
     "Times for training. Raises ValueError for an unknown `how`."
     if how not in TIMESTEPS: raise ValueError(
         f"timestep_sampling: found '{how}'; known are {', '.join(TIMESTEPS)}")
-    draw, usual_mean, usual_std = TIMESTEPS[how]
-    u = u.float() if u.device.type == "mps" else u.double()
-    z = torch.special.ndtri(u.clamp(2.**-25, 1 - 2.**-25))
-    t = draw(self, u, z, usual_mean if mean is None else mean, usual_std if std is None else std)
-    return (t + 0.5).floor().long().clamp(0, self.T - 1) if self.T else \
+    given = {"mean": mean, "std": std}
+    given = {name: value for name, value in given.items() if value is not None}
+    t = TIMESTEPS[how](self, _able(u).double(), **given)  # a device may lack Φ⁻¹, too
+    t = (t + 0.5).floor().long().clamp(0, self.T - 1) if self.T else \
         t.float().clamp(1e-5, self.noisy)
+    return t.to(u.device)
 
 # %% ../nbs/01_scheduler.ipynb #2b71233b
-def _trailing(s, n):
-    if not s.T: return [s.noisy*(1 - i/n) for i in range(n)]
-    return [math.floor(s.T - i*s.T/n + 0.5) - 1 for i in range(n)]
+def _trailing(schedule, steps):
+    T = schedule.T
+    if not T: return [schedule.noisy*(1 - i/steps) for i in range(steps)]
+    return [math.floor(T - i*T/steps + 0.5) - 1 for i in range(steps)]
 
-def _leading(s, n):
-    if not s.T: raise ValueError("spacing: found 'leading' with a continuous schedule, where it "
-                                 "would visit the clean end twice: choose 'trailing'")
-    return [(n - 1 - i)*(s.T//n) for i in range(n)]
+def _leading(schedule, steps):
+    if not schedule.T: raise ValueError(
+        "spacing: found 'leading' with a continuous schedule, where it would visit the clean end "
+        "twice: choose 'trailing'")
+    return [(steps - 1 - i)*(schedule.T//steps) for i in range(steps)]
 
-def _linspace(s, n):
-    if not s.T: return _trailing(s, n)
-    return [math.floor(s.noisy*(1 - i/max(n - 1, 1)) + 0.5) for i in range(n)]
+def _linspace(schedule, steps):
+    if not schedule.T: return _trailing(schedule, steps)
+    strides = max(steps - 1, 1)
+    return [math.floor(schedule.noisy*(1 - i/strides) + 0.5) for i in range(steps)]
 
-def _quad(s, n): return [s.noisy*((n - i)/n)**2 for i in range(n)]
+def _quad(schedule, steps):
+    return [schedule.noisy*((steps - i)/steps)**2 for i in range(steps)]
 
 # %% ../nbs/01_scheduler.ipynb #aa5e63ad
-def _even(s, n, warp, unwarp, to_clean=False):
+def _even(schedule, steps, warp, unwarp, to_clean=False):
     "Times whose noise r = σ/α is even in `warp(r)`."
-    alpha, sigma = (v.item() for v in s.alpha_sigma(torch.tensor(s.noisy)))
-    top = warp(sigma/alpha if alpha else math.inf if to_clean else 160.)
-    low = max(warp(s.min_ratio), top/n) if to_clean else warp(s.min_ratio)
-    r = unwarp(torch.linspace(top, low, n, dtype=torch.float64)[1:])
-    return [s.noisy] + s.t_of_log_snr(-2*r.log()).tolist()
+    (alpha, sigma), = schedule.levels(torch.tensor([schedule.noisy]))
+    pure = math.inf if to_clean else 160.
+    top = warp(sigma/alpha if alpha else pure)
+    low = max(warp(schedule.min_ratio), top/steps) if to_clean else warp(schedule.min_ratio)
+    ratio = unwarp(torch.linspace(top, low, steps, dtype=torch.float64)[1:])
+    return [schedule.noisy] + schedule.t_of_log_snr(-2*ratio.log()).tolist()
 
-def _karras(s, n): return _even(s, n, lambda r: r**(1/7), lambda f: f**7)
-def _logsnr(s, n): return _even(s, n, math.log, torch.exp)
-def _logistic(s, n, middle=0.5, power=1.25):
-    return _even(s, n, lambda r: 1/(1 + (middle/r)**(1/power)),
-                 lambda f: middle*(f/(1 - f))**power, to_clean=True)
+def _karras(schedule, steps):
+    return _even(schedule, steps, lambda ratio: ratio**(1/7), lambda even: even**7)
+
+def _logsnr(schedule, steps): return _even(schedule, steps, math.log, torch.exp)
+
+def _logistic(schedule, steps, middle=0.5, power=1.25):
+    return _even(schedule, steps, lambda ratio: 1/(1 + (middle/ratio)**(1/power)),
+                 lambda tau: middle*(tau/(1 - tau))**power, to_clean=True)
 
 
 #: name -> function(schedule, steps) giving the times to visit, falling

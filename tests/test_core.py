@@ -10,20 +10,23 @@ from hypothesis import given, settings, strategies as st
 
 from diffusion_model.config import DiffusionConfig, SamplingConfig
 from diffusion_model.counters import counter_normal
-from diffusion_model.denoiser import (PREDICTIONS, WEIGHTINGS, Denoiser, Pred, clamped, diffusion_loss, loss_weight,
-                                      thresholded)
+from diffusion_model.denoiser import (PREDICTIONS, WEIGHTINGS, Denoiser, clamped, diffusion_loss,
+                                      loss_weight, thresholded)
 from diffusion_model.editing import image_to_image, inpaint, interpolate, invert, slerp
 from diffusion_model.guidance import drop_cond, guided
 from diffusion_model.oracle import GaussianMixture
-from diffusion_model.sampler import (SOLVERS, Churn, create_sampler, ddim_step, renoise, sample, sample_iter, solve)
-from diffusion_model.scheduler import (SPACINGS, TIMESTEPS, FlowSchedule, VESchedule, VPSchedule, cosine_betas,
-                                       create_scheduler, linear_betas, scaled_linear_betas, sigmoid_betas)
+from diffusion_model.sampler import (SOLVERS, Churn, create_sampler, ddim_step, renoise, sample,
+                                     sample_iter, solve)
+from diffusion_model.scheduler import (SPACINGS, TIMESTEPS, FlowSchedule, VESchedule, VPSchedule,
+                                       cosine_betas, create_scheduler, linear_betas,
+                                       scaled_linear_betas, sigmoid_betas)
 
-LINEAR, COSINE, FLOW, VE = VPSchedule(linear_betas()), VPSchedule(cosine_betas()), FlowSchedule(), VESchedule()
+LINEAR, COSINE = VPSchedule(linear_betas()), VPSchedule(cosine_betas())
+FLOW, VE = FlowSchedule(), VESchedule()
 SCALED, SIGMOID = VPSchedule(scaled_linear_betas()), VPSchedule(sigmoid_betas())
 ZERO = VPSchedule(linear_betas(), zero_terminal=True)
-ALL = {"linear": LINEAR, "scaled_linear": SCALED, "cosine": COSINE, "sigmoid": SIGMOID, "zero": ZERO, "flow": FLOW,
-       "ve": VE}
+ALL = {"linear": LINEAR, "scaled_linear": SCALED, "cosine": COSINE, "sigmoid": SIGMOID,
+       "zero": ZERO, "flow": FLOW, "ve": VE}
 f64 = dict(dtype=torch.float64)
 
 
@@ -33,11 +36,13 @@ def has(schedule, spacing): return schedule.T or spacing != "leading"
 # Fact 1
 def test_ends_of_the_schedules():
     bar = LINEAR.alphas_cumprod
-    assert math.isclose(bar[0], 0.9999, abs_tol=1e-12) and math.isclose(bar[-1], 4.035829765e-5, rel_tol=1e-9)
+    assert math.isclose(bar[0], 0.9999, abs_tol=1e-12)
+    assert math.isclose(bar[-1], 4.035829765e-5, rel_tol=1e-9)
     ratio = ((1 - bar)/bar).sqrt()
     assert math.isclose(ratio.max(), 157.407, abs_tol=5e-4)
     assert math.isclose(SCALED.alphas_cumprod[-1], 0.004660098513, rel_tol=1e-9)
-    assert math.isclose(((1 - SCALED.alphas_cumprod[-1])/SCALED.alphas_cumprod[-1])**0.5, 14.6146, abs_tol=5e-5)
+    assert math.isclose(((1 - SCALED.alphas_cumprod[-1])/SCALED.alphas_cumprod[-1])**0.5, 14.6146,
+                        abs_tol=5e-5)
     assert math.isclose(COSINE.alphas_cumprod[-1], 2.428766907e-9, rel_tol=1e-9)
     assert (COSINE.betas == 0.999).sum() == 1
 
@@ -61,13 +66,15 @@ def test_betas_outside_the_range(betas):
                          ids=["linear", "scaled", "cosine", "sigmoid", "zero"])
 def test_posterior_identities(schedule):
     bar, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    c1, c2, var = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, schedule.posterior_variance
+    c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    var = schedule.posterior_variance
     assert torch.allclose(c1 + c2*bar.sqrt(), prev.sqrt(), atol=1e-12)
     assert torch.allclose(c2**2*(1 - bar) + var, 1 - prev, atol=1e-12)
     t = torch.arange(1000)
     x0, xt = torch.randn(1000, **f64), torch.randn(1000, **f64)
     mean, variance, log = schedule.posterior(x0, xt, t)
-    assert torch.allclose(mean, c1*x0 + c2*xt, atol=1e-12) and torch.allclose(variance, var, atol=1e-12)
+    assert torch.allclose(mean, c1*x0 + c2*xt, atol=1e-12)
+    assert torch.allclose(variance, var, atol=1e-12)
     assert log[0] == math.log(1e-20)
 
 
@@ -75,11 +82,13 @@ def test_posterior_identities(schedule):
 def test_posterior_composes(name):
     "Two steps back give the marginal of one."
     schedule = ALL[name]
-    t, s = (torch.tensor([900]), torch.tensor([200])) if schedule.T else (torch.tensor([0.9]), torch.tensor([0.2]))
+    t, s = (torch.tensor([n if schedule.T else n/1000]) for n in (900, 200))
     (at, st), (as_, ss) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-    mean, var, _ = schedule.posterior(torch.ones(1, **f64), at.double(), t, s)  # from the mean of x_t
+    # from the mean of x_t
+    mean, var, _ = schedule.posterior(torch.ones(1, **f64), at.double(), t, s)
     slope = schedule.posterior(torch.zeros(1, **f64), torch.ones(1, **f64), t, s)[0]
-    assert torch.allclose(mean, as_, atol=1e-10) and torch.allclose(slope**2*st**2 + var, ss**2, atol=1e-10)
+    assert torch.allclose(mean, as_, atol=1e-10)
+    assert torch.allclose(slope**2*st**2 + var, ss**2, atol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE, ZERO])
@@ -125,7 +134,8 @@ def test_times_for_training(name, how):
 
 
 def test_time_sampling_refused():
-    with pytest.raises(ValueError, match="found 'x'; known are uniform"): LINEAR.sample_timesteps(torch.rand(2), "x")
+    with pytest.raises(ValueError, match="found 'x'; known are uniform"):
+        LINEAR.sample_timesteps(torch.rand(2), "x")
 
 
 @pytest.mark.parametrize("low, high", [(0., 1.), (2., 1.), (1., math.inf)])
@@ -133,7 +143,8 @@ def test_ve_ends_refused(low, high):
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"): VESchedule(low, high)
 
 
-@pytest.mark.parametrize("T, steps, spacing", list(itertools.product([20, 50, 999, 1000], [1, 2, 7, 20], SPACINGS)))
+@pytest.mark.parametrize("T, steps, spacing",
+                         list(itertools.product([20, 50, 999, 1000], [1, 2, 7, 20], SPACINGS)))
 def test_grids(T, steps, spacing):
     grid = VPSchedule(linear_betas(1000)[:T]).grid(steps, spacing)
     assert len(grid) == steps + 1 and grid[-1] == -1 and (grid.diff() < 0).all() and grid[0] < T
@@ -151,11 +162,13 @@ def test_a_full_grid_falls_and_ends_clean(name, spacing):
         grid = schedule.grid(steps, spacing)
         assert len(grid) == steps + 1 and (grid.diff() < 0).all() and grid[-1] == schedule.clean
         levels = schedule.levels(grid)
-        assert levels[-1] == (1, 0) and all(a.sigma*b.alpha > b.sigma*a.alpha for a, b in itertools.pairwise(levels))
+        assert levels[-1] == (1, 0)
+        assert all(a.sigma*b.alpha > b.sigma*a.alpha for a, b in itertools.pairwise(levels))
 
 
 def test_zero_terminal_snr():
-    assert ZERO.alphas_cumprod[-1] == 0 and torch.isclose(ZERO.alphas_cumprod[0], LINEAR.alphas_cumprod[0], atol=1e-15)
+    assert ZERO.alphas_cumprod[-1] == 0
+    assert torch.isclose(ZERO.alphas_cumprod[0], LINEAR.alphas_cumprod[0], atol=1e-15)
     with pytest.raises(ValueError, match="choose 'v'"): Denoiser(None, ZERO, "eps")
     with pytest.raises(ValueError, match="at least 2"): VPSchedule([0.1], zero_terminal=True)
     x = torch.randn(4, 3, **f64)
@@ -177,7 +190,8 @@ def test_full_grid_has_all_times():
 def test_float32_follows_float64():
     x, e, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 10, 500, 999])
     assert LINEAR.add_noise(x, e, t).dtype == torch.float32
-    assert torch.allclose(LINEAR.add_noise(x, e, t).double(), LINEAR.add_noise(x.double(), e.double(), t), atol=1e-6)
+    assert torch.allclose(LINEAR.add_noise(x, e, t).double(),
+                          LINEAR.add_noise(x.double(), e.double(), t), atol=1e-6)
 
 
 # Fact 9
@@ -204,11 +218,13 @@ def test_weighted_losses_are_one_number(weighting):
     alpha, sigma = (c[:, None] for c in COSINE.alpha_sigma(t))
     x_t = COSINE.add_noise(x0, e, t)
     lie, snr = (x_t - alpha*wrong)/sigma, (alpha/sigma)[:, 0]**2
-    w = {"min_snr": snr.clamp(max=5), "edm": (sigma**2 + alpha**2/4)[:, 0]/(alpha*sigma/2)[:, 0]**2*alpha[:, 0]**2,
+    w = {"min_snr": snr.clamp(max=5),
+         "edm": (sigma**2 + alpha**2/4)[:, 0]/(alpha*sigma/2)[:, 0]**2*alpha[:, 0]**2,
          "sigmoid": snr/(1 + snr*math.exp(-2))}[weighting]
     for prediction in PREDICTIONS:
         denoiser = Denoiser(None, COSINE, prediction)
-        denoiser.network = lambda x, time, cond: denoiser.target(wrong, lie, t)
+        target = denoiser.target(wrong, lie, t)
+        denoiser.network = lambda x, time, cond, target=target: target
         loss = diffusion_loss(denoiser, x0, e, t, weighting=weighting)
         assert torch.allclose(loss, w*(wrong - x0).square().mean(1), rtol=1e-8)
 
@@ -218,20 +234,21 @@ def test_edm_is_minus_v_and_has_weight_one():
     alpha, sigma = COSINE.alpha_sigma(t)
     for edm, v in zip(PREDICTIONS["edm"](alpha, sigma, 1.), PREDICTIONS["v"](alpha, sigma, 1.)):
         assert torch.allclose(edm, -v, atol=1e-12)
-    for schedule, t in ((COSINE, t), (VE, torch.logspace(-2, 1.9, 50, **f64))):
-        assert torch.allclose(loss_weight(Denoiser(None, schedule, "edm"), t, "edm"), torch.ones(len(t), **f64))
-    sigma, data = torch.logspace(-2, 1.9, 50, **f64), 0.5  # λ·c_out² = 1, with EDM's own constants
-    lam, c_out = (sigma**2 + data**2)/(sigma*data)**2, sigma*data/(sigma**2 + data**2).sqrt()
-    assert torch.allclose(lam*c_out**2, torch.ones(50, **f64))
+    for schedule, times in ((COSINE, t), (VE, torch.logspace(-2, 1.9, 50, **f64))):
+        weight = loss_weight(Denoiser(None, schedule, "edm"), times, "edm")
+        assert torch.allclose(weight, torch.ones(len(times), **f64))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_inputs_of_ve_are_scaled(prediction):
-    "80 times the noise must not reach the network as 80."
-    seen = []
-    denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
-    denoiser(80*torch.randn(500, 3), torch.tensor(80.))
-    assert abs(seen[0][0].std() - 1) < 0.1 and abs(seen[0][1][0] - 1000) < 1e-2
+    "80 times the noise must not reach the network as 80, nor half the noise as half."
+    for sigma in (80., 0.5):
+        seen = []
+        denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
+        denoiser(torch.ones(500, 3), torch.tensor(sigma))
+        (shown, time), = seen
+        assert torch.allclose(shown, torch.tensor((sigma**2 + 0.25)**-0.5).expand(500, 3))
+        assert abs(time[0] - 1000*math.log(sigma/0.002)/math.log(40_000)) < 1e-2 and len(time) == 500
 
 
 def test_weighting_refused():
@@ -252,7 +269,8 @@ def test_thresholding():
     inside = Denoiser(lambda x, t, cond: wide/4, COSINE, "x0")
     assert torch.allclose(thresholded(inside)(x, t).x0, wide/4)  # nothing to do
     grey = thresholded(far, 1., low=0., high=1.)(x, t).x0
-    assert grey.min() == 0 and abs(grey.max() - 6/7) < 1e-12  # -3 … 3 is at most 3.5 from the middle, 7 half ranges
+    # -3 … 3 is at most 3.5 from the middle, 7 half ranges
+    assert grey.min() == 0 and abs(grey.max() - 6/7) < 1e-12
 
 
 def test_clamp_rederives_noise():
@@ -272,12 +290,13 @@ def test_ddim_with_eta_one_has_ddpms_variance():
         n = ddim_step(None, type("P", (), {"x0": zero, "eps": zero}), here, there, 1., one).item()
         assert math.isclose(n*n, LINEAR.posterior_variance[t], rel_tol=1e-8)
         h = math.log(there.alpha/there.sigma) - math.log(here.alpha/here.sigma)
-        assert math.isclose(-there.sigma**2*math.expm1(-2*h), LINEAR.posterior_variance[t], rel_tol=1e-8)
+        assert math.isclose(-there.sigma**2*math.expm1(-2*h), LINEAR.posterior_variance[t],
+                            rel_tol=1e-8)
 
 
 # Fact 5
 def ancestral(data_variance, noise):
-    "For data N(0, data_variance) the variance of DDPM's samples closes: it, and the true one, after each step."
+    "For data N(0, v) the variance of DDPM's samples closes: it, and the true one, after each step."
     a, b = LINEAR.alpha_sigma(torch.arange(1000))
     v = a[999]**2*data_variance + b[999]**2
     for t in range(999, -1, -1):
@@ -285,19 +304,22 @@ def ancestral(data_variance, noise):
         left = data_variance*(1 - a[t]*gain)                         # Var(x_0 | x_t)
         slope = LINEAR.posterior_mean_coef1[t]*gain + LINEAR.posterior_mean_coef2[t]
         v = slope**2*v + noise(t, left)
-        yield v.item(), (LINEAR.alphas_cumprod_prev[t]*data_variance + 1 - LINEAR.alphas_cumprod_prev[t]).item()
+        left = LINEAR.alphas_cumprod_prev[t]
+        yield v.item(), (left*data_variance + 1 - left).item()
 
 
 PAIRS = {"a point, β̃": (0., lambda t, left: LINEAR.posterior_variance[t]),
          "standard normal, β": (1., lambda t, left: LINEAR.betas[t]),
          **{f"any Gaussian ({d}), β̃ + c1²·Var(x_0|x_t)":
-            (d, lambda t, left: LINEAR.posterior_variance[t] + LINEAR.posterior_mean_coef1[t]**2*left)
+            (d, lambda t, left: LINEAR.posterior_variance[t]
+             + LINEAR.posterior_mean_coef1[t]**2*left)
             for d in (0.04, 0.25, 1., 3.)}}
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_ancestral_marginals_are_exact(pair):
-    for got, true in ancestral(*PAIRS[pair]): assert math.isclose(got, true, rel_tol=1e-10, abs_tol=1e-12)
+    for got, true in ancestral(*PAIRS[pair]):
+        assert math.isclose(got, true, rel_tol=1e-10, abs_tol=1e-12)
 
 
 def test_the_wrong_variance_is_seen():
@@ -312,7 +334,8 @@ def test_one_path_in_all_coordinates():
     for name, schedule in ALL.items():
         grid = schedule.t_of_log_snr(snr)
         bell = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5)
-        *_, end = solve(bell, torch.tensor([[1.3]], **f64)*schedule.alpha_sigma(grid[0])[0], grid, "ddim")
+        *_, end = solve(bell, torch.tensor([[1.3]], **f64)*schedule.alpha_sigma(grid[0])[0], grid,
+                        "ddim")
         ends[name] = (end.x/schedule.alpha_sigma(grid[-1])[0]).item()
     assert max(ends.values()) - min(ends.values()) < 1e-10
 
@@ -348,12 +371,14 @@ def uneven(schedule, steps):
     return schedule.t_of_log_snr(-2*(math.log(20) + k*math.log(0.05/20)))
 
 
-@pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("edm", 2), ("dpmpp_2m", 2),
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("edm", 2),
+                                           ("dpmpp_2m", 2),
                                            ("unipc", 3)])
 @pytest.mark.parametrize("schedule", [SMOOTH, FLOW, VE], ids=["vp", "flow", "ve"])
 def test_orders(schedule, solver, order):
     "On an uneven grid that stops above zero."
-    bell, x = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2], [-0.7]], **f64)
+    bell = GaussianMixture(schedule, torch.tensor([[0.3]], **f64), std=0.5)
+    x = torch.tensor([[1.2], [-0.7]], **f64)
     errors = []
     for n in (32, 64, 128, 256, 512):
         grid = uneven(schedule, n)
@@ -364,8 +389,9 @@ def test_orders(schedule, solver, order):
 
 
 def test_the_grid_catches_a_careless_2m():
-    "Without the ratio of the strides 2M is of first order; a grid that is even, or changes smoothly, does not show it."
-    bell, x, errors = GaussianMixture(FLOW, torch.tensor([[0.3]], **f64), std=0.5), torch.tensor([[1.2]], **f64), []
+    "Without the ratio of the strides 2M is of first order; an even or smooth grid hides it."
+    bell = GaussianMixture(FLOW, torch.tensor([[0.3]], **f64), std=0.5)
+    x, errors = torch.tensor([[1.2]], **f64), []
     for grid in (uneven(FLOW, 256), uneven(FLOW, 512)):
         levels, at, last = FLOW.levels(grid), x, None
         for t, (alpha, sigma), (a, u) in zip(grid, levels, levels[1:]):
@@ -389,9 +415,11 @@ def test_churn_stays_inside_its_limits(name):
     schedule = ALL[name]
     grid = schedule.grid(20)
     raised = Churn(40., 0.1, 5.).raised(schedule, grid)
-    ratio, up = ([s/a if a else math.inf for a, s in schedule.levels(g)] for g in (grid[:-1], raised))
+    ratio, up = ([s/a if a else math.inf for a, s in schedule.levels(g)]
+                 for g in (grid[:-1], raised))
     gamma = min(40/20, 2**0.5 - 1)
-    for r, r_up in zip(ratio, up): assert math.isclose(r_up, r*(1 + gamma) if 0.1 <= r <= 5 else r, rel_tol=1e-6)
+    for r, r_up in zip(ratio, up):
+        assert math.isclose(r_up, r*(1 + gamma) if 0.1 <= r <= 5 else r, rel_tol=1e-6)
 
 
 # Fact 8
@@ -431,7 +459,7 @@ def test_oracle_of_a_data_set():
 
 
 def test_no_network_is_better_than_the_oracle():
-    "The loss by quadrature, not by chance: no change of the answer lowers it, and training only comes near."
+    "The loss by quadrature: no change of the answer lowers it, and training only comes near."
     data, t = torch.tensor([[-0.8], [0.1], [0.9]], **f64), torch.tensor(500)
     oracle, (alpha, sigma) = GaussianMixture(COSINE, data), COSINE.alpha_sigma(t)
     x = torch.linspace(-5, 5, 2001, **f64)[:, None]
@@ -443,7 +471,8 @@ def test_no_network_is_better_than_the_oracle():
         change = counter_normal(0, name, torch.arange(2001), (1,)).double()
         for size in (0.1, -0.1, 1e-3): assert loss(oracle(x, t).x0 + size*change) > floor
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(),
+                              torch.nn.Linear(16, 1)).double()
     adam, losses = torch.optim.Adam(net.parameters(), 1e-2), []
     for _ in range(300):
         losses.append(loss(net(x)))
@@ -454,9 +483,11 @@ def test_no_network_is_better_than_the_oracle():
 # Sampling
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_batches_do_not_matter(solver):
-    oracle = GaussianMixture(COSINE, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), std=0.3)
+    oracle = GaussianMixture(COSINE, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+                             std=0.3)
     whole = sample(oracle, (6, 3), 9, solver=solver, seed=5)
-    parts = torch.cat([sample(oracle, (2, 3), 9, solver=solver, seed=5, first=i) for i in (0, 2, 4)])
+    parts = torch.cat([sample(oracle, (2, 3), 9, solver=solver, seed=5, first=i)
+                       for i in (0, 2, 4)])
     assert torch.allclose(whole, parts, atol=1e-5)
     assert torch.equal(whole, sample(oracle, (6, 3), 9, solver=solver, seed=5))
     assert not torch.equal(whole, sample(oracle, (6, 3), 9, solver=solver, seed=6))
@@ -488,7 +519,9 @@ def test_the_network_is_put_back_to_training():
 def test_guidance_is_one_call():
     calls = []
     oracle = GaussianMixture(COSINE, torch.eye(3), std=0.1, labels=torch.arange(3))
-    def counted(x, t, y): calls.append(len(x)); return oracle(x, t, y)
+    def counted(x, t, y):
+        calls.append(len(x))
+        return oracle(x, t, y)
     counted.schedule, counted.num_classes, counted.null_cond = COSINE, 3, -1
     x, t, y = torch.randn(2, 3), torch.tensor(500), torch.tensor([0, 2])
     assert guided(counted, 1.) is counted
@@ -501,18 +534,23 @@ def test_guidance_is_one_call():
 
 @pytest.mark.parametrize("options, says", [
     (dict(solver="hein"), "did you mean heun?"), (dict(solver="eular"), "did you mean euler?"),
-    (dict(solver="zzz"), "known are unipc"), (dict(spacing="x"), "known are logistic"), (dict(churn=Churn(1.)), "only 'edm'"),
-    (dict(grid=torch.tensor([5, 7, -1])), "found 7 after 5; times must fall"), (dict(grid=torch.tensor([5, 5, -1])), "fall"),
-    (dict(grid=torch.tensor([1000, 5])), "from at most 999"), (dict(grid=torch.tensor([5, -2])), "down to -1"),
+    (dict(solver="zzz"), "known are unipc"), (dict(spacing="x"), "known are logistic"),
+    (dict(churn=Churn(1.)), "only 'edm'"),
+    (dict(grid=torch.tensor([5, 7, -1])), "found 7 after 5; times must fall"),
+    (dict(grid=torch.tensor([5, 5, -1])), "fall"),
+    (dict(grid=torch.tensor([1000, 5])), "from at most 999"),
+    (dict(grid=torch.tensor([5, -2])), "down to -1"),
     (dict(grid=torch.tensor([5])), "at least two"), (dict(grid=[float("nan"), 3.]), "must fall"),
-    (dict(steps=0), "1 to 1000"), (dict(eta=2.), "0 \\(DDIM\\) to 1"), (dict(eta=.5, solver="ddpm"), "only 'ddim'"),
+    (dict(steps=0), "1 to 1000"), (dict(eta=2.), "0 \\(DDIM\\) to 1"),
+    (dict(eta=.5, solver="ddpm"), "only 'ddim'"),
     (dict(cond=torch.tensor([0])), "unconditional")])
 def test_refusals(options, says):
     oracle = GaussianMixture(COSINE, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=says): sample(oracle, (1, 2), **options)
 
 
-@pytest.mark.parametrize("y, says", [(None, "pass cond"), (torch.tensor([3]), "found 3"), (torch.tensor([-2]), "found -2"),
+@pytest.mark.parametrize("y, says", [(None, "pass cond"), (torch.tensor([3]), "found 3"),
+                                     (torch.tensor([-2]), "found -2"),
                                      (torch.tensor([0, 1]), "one for each")])
 def test_labels_refused(y, says):
     oracle = GaussianMixture(COSINE, torch.eye(3), labels=torch.arange(3))
@@ -531,16 +569,20 @@ def test_factories(schedule):
 
 def test_a_config_reaches_the_sampler(monkeypatch):
     told = {}
-    def spy(denoiser, shape, steps, solver, **options): told.update(options, steps=steps, solver=solver, shape=shape)
+    def spy(denoiser, shape, steps, solver, **options):
+        told.update(options, steps=steps, solver=solver, shape=shape)
     monkeypatch.setattr("diffusion_model.sampler.sample_iter", spy)
-    create_sampler(SamplingConfig(solver="edm", steps=7, spacing="karras", churn=3., churn_min=0.1, churn_max=9.,
-                                  churn_noise=1.1))(GaussianMixture(COSINE, torch.zeros(1, 2)), (4, 2), seed=3)
-    assert told == dict(steps=7, solver="edm", shape=(4, 2), spacing="karras", eta=0., seed=3, churn=Churn(3., .1, 9., 1.1))
+    sampling = SamplingConfig(solver="edm", steps=7, spacing="karras", churn=3., churn_min=0.1,
+                              churn_max=9., churn_noise=1.1)
+    create_sampler(sampling)(GaussianMixture(COSINE, torch.zeros(1, 2)), (4, 2), seed=3)
+    assert told == dict(steps=7, solver="edm", shape=(4, 2), spacing="karras", eta=0., seed=3,
+                        churn=Churn(3., .1, 9., 1.1))
 
 
 def test_dynamic_threshold_from_a_config():
     oracle = GaussianMixture(COSINE, torch.zeros(1, 50), std=5.)
-    outs = [list(create_sampler(SamplingConfig(steps=5, dynamic_threshold=p))(oracle, (4, 50)))[-1].x for p in (0.9, None)]
+    samplers = (create_sampler(SamplingConfig(steps=5, dynamic_threshold=p)) for p in (0.9, None))
+    outs = [list(sampler(oracle, (4, 50)))[-1].x for sampler in samplers]
     assert outs[0].abs().max() <= 1 and not torch.allclose(*outs)
 
 
@@ -548,7 +590,8 @@ def test_dynamic_threshold_from_a_config():
 LABELLED = GaussianMixture(COSINE, torch.eye(3, **f64), std=0.3, labels=torch.arange(3))
 
 
-@pytest.mark.parametrize("rescale, interval, says", [(1.5, None, "found 1.5"), (0., (2., 1.), "low < high"),
+@pytest.mark.parametrize("rescale, interval, says", [(1.5, None, "found 1.5"),
+                                                     (0., (2., 1.), "low < high"),
                                                      (0., (-1., 1.), "0 <= low")])
 def test_guidance_refused(rescale, interval, says):
     with pytest.raises(ValueError, match=says): guided(LABELLED, 2., rescale, interval)
@@ -589,7 +632,8 @@ def test_chunks_do_not_matter(std):
     means, x = torch.randn(50, 3, 2, **f64), torch.randn(7, 3, 2, **f64)
     labels, y = torch.arange(50) % 4, torch.tensor([0, 1, 2, 3, -1, 0, 1])
     for t in (torch.tensor(10), torch.tensor(600), torch.arange(7)*100):
-        whole, parts = (GaussianMixture(COSINE, means, std, labels=labels, chunk=c) for c in (1000, 3))
+        whole, parts = (GaussianMixture(COSINE, means, std, labels=labels, chunk=c)
+                        for c in (1000, 3))
         for a, b in zip(whole(x, t, y), parts(x, t, y)): assert torch.allclose(a, b, atol=1e-9)
         assert torch.allclose(whole.log_prob(x, t, y), parts.log_prob(x, t, y))
 
@@ -597,8 +641,8 @@ def test_chunks_do_not_matter(std):
 def test_likelihood_of_a_gaussian():
     bell = GaussianMixture(FLOW, torch.tensor([[0.3, -0.1]], **f64), std=0.5)
     x, t = torch.randn(9, 2, **f64), torch.tensor(0.3, **f64)
-    by_torch = torch.distributions.Normal(0.7*bell.means, (0.49*0.25 + 0.09)**0.5).log_prob(x).sum(1)
-    assert torch.allclose(bell.log_prob(x, t), by_torch)
+    by_torch = torch.distributions.Normal(0.7*bell.means, (0.49*0.25 + 0.09)**0.5)
+    assert torch.allclose(bell.log_prob(x, t), by_torch.log_prob(x).sum(1))
     clean = torch.distributions.Normal(bell.means, 0.5).log_prob(x).sum(1)
     assert torch.allclose(bell.log_prob(x, torch.tensor(0.)), clean)
     with pytest.raises(ValueError, match="which is clean"):
@@ -615,7 +659,7 @@ def test_likelihood_given_a_label():
 
 # Nothing in the loop waits for a device
 class NothingFetched(TorchDispatchMode):
-    """Raises where a number of the device is asked for, or a tensor is carried from one device to another: both wait.
+    """Raises where a number of the device is asked for, or a tensor is carried to another device.
     (The device is 'meta', whose tensors have no values at all.)"""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -628,23 +672,28 @@ class NothingFetched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("wait", [
-    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x.cpu(),
+    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 0],
+    lambda x: x.cpu(),
     lambda x: torch.ones(3).to(x), lambda x: x.copy_(torch.ones(3))])
 def test_waiting_is_noticed(wait):
     x = torch.zeros(3, device="meta")
-    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)), NothingFetched(): wait(x)
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)), NothingFetched():
+        wait(x)
 
 
 class OnMeta(torch.nn.Module):
     num_classes, null_cond = 3, -1
-    def __init__(self): super().__init__(); self.layer = torch.nn.Linear(4, 4, device="meta")
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4, device="meta")
     def forward(self, x, t, y): return self.layer(x)*t[:, None]
 
 
 @pytest.mark.parametrize("limit", [clamped, thresholded])
 @pytest.mark.parametrize("solver, options", [
     *((s, {}) for s in SOLVERS), ("ddim", dict(eta=0.5)), ("edm", dict(churn=Churn(5.)))])
-@pytest.mark.parametrize("schedule, prediction", [(COSINE, "eps"), (ZERO, "v"), (FLOW, "flow"), (VE, "edm")],
+@pytest.mark.parametrize("schedule, prediction", [(COSINE, "eps"), (ZERO, "v"), (FLOW, "flow"),
+                                                  (VE, "edm")],
                          ids=["vp", "zero", "flow", "ve"])
 def test_no_number_is_fetched_from_the_device(schedule, prediction, solver, options, limit):
     denoiser = limit(guided(Denoiser(OnMeta(), schedule, prediction), 3., 0.7, (0.1, 5.)))
@@ -657,16 +706,19 @@ def test_no_number_is_fetched_from_the_device(schedule, prediction, solver, opti
 
 # Editing
 def test_editing():
-    flow = GaussianMixture(FLOW, torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).double(), std=0.3)
+    means = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).double()
+    flow = GaussianMixture(FLOW, means, std=0.3)
     image = flow.sample(4)
     assert torch.allclose(image_to_image(flow, image, 1.), image_to_image(flow, 5*image, 1.))
     near, far = ((image_to_image(flow, image, s) - image).norm() for s in (0.05, 0.8))
     assert near < far
-    assert torch.equal(image_to_image(flow, image[2:], 0.5, first=2), image_to_image(flow, image, 0.5)[2:])
+    assert torch.equal(image_to_image(flow, image[2:], 0.5, first=2),
+                       image_to_image(flow, image, 0.5)[2:])
     mask = torch.tensor([True, False]*3)
     filled = inpaint(flow, image, mask, steps=5, repeats=2)
     assert torch.equal(filled[:, ~mask], image[:, ~mask]) and not torch.allclose(filled, image)
-    assert torch.allclose(inpaint(flow, image[1:3], mask, steps=5, first=1), inpaint(flow, image, mask, steps=5)[1:3])
+    assert torch.allclose(inpaint(flow, image[1:3], mask, steps=5, first=1),
+                          inpaint(flow, image, mask, steps=5)[1:3])
     hole = torch.where(mask, torch.nan, image)  # what is in the hole does not matter
     assert torch.equal(inpaint(flow, hole, mask, steps=5), inpaint(flow, image, mask, steps=5))
     with pytest.raises(ValueError, match="allowed: bool"): inpaint(flow, image, mask.float())
@@ -695,9 +747,10 @@ def test_slerp():
 
 # Properties
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(st.sampled_from(list(ALL)), st.sampled_from(list(PREDICTIONS)), st.sampled_from(list(SOLVERS)),
-       st.sampled_from(list(SPACINGS)), st.sampled_from([*range(1, 31), 100, 999, 1000]),
-       st.integers(0, 2**31), st.sampled_from([0., 1.]))
+@given(st.sampled_from(list(ALL)), st.sampled_from(list(PREDICTIONS)),
+       st.sampled_from(list(SOLVERS)), st.sampled_from(list(SPACINGS)),
+       st.sampled_from([*range(1, 31), 100, 999, 1000]), st.integers(0, 2**31),
+       st.sampled_from([0., 1.]))
 def test_every_combination(name, prediction, solver, spacing, steps, seed, stochastic):
     "Finite, ends clean, the same under a seed, and independent of how the batch is split."
     schedule = ALL[name]
@@ -709,18 +762,23 @@ def test_every_combination(name, prediction, solver, spacing, steps, seed, stoch
     def network(x, time, cond):  # answers in its own language what the truth would be
         t = answers[-1]
         alpha, sigma, p, q = denoiser.coefs(t)
-        scale = (sigma**2 + (alpha/2)**2).sqrt() if prediction == "edm" or schedule.scales_input else 1.
+        scaled = prediction == "edm" or schedule.scales_input
+        scale = (sigma**2 + (alpha/2)**2).sqrt() if scaled else 1.
         pred = truth(x*scale, t)
         return p*pred.x0 + q*pred.eps
     denoiser.network = network
-    def counted(x, t, cond=None): answers.append(t); return denoiser(x, t)
+    def counted(x, t, cond=None):
+        answers.append(t)
+        return denoiser(x, t)
     counted.schedule = schedule
     options = dict(steps=steps, solver=solver, spacing=spacing, seed=seed)
     if solver == "ddim": options["eta"] = stochastic
     if solver == "edm": options["churn"] = Churn(10.*stochastic)
-    start = lambda first, n: counter_normal(seed, "s", torch.arange(first, first + n), (2,)).double()*math.hypot(
-        *schedule.levels(schedule.grid(steps, spacing)[:1])[0])
-    go = lambda first, n: list(sample_iter(counted, (n, 2), first=first, noise=start(first, n), **options))
+    size = math.hypot(*schedule.levels(schedule.grid(steps, spacing)[:1])[0])
+
+    def go(first, n):
+        noise = counter_normal(seed, "s", torch.arange(first, first + n), (2,)).double()*size
+        return list(sample_iter(counted, (n, 2), first=first, noise=noise, **options))
     states = go(0, 4)
     whole = states[-1].x
     assert len(states) == steps + 1 and states[-1].t == schedule.clean
