@@ -206,7 +206,8 @@ def test_the_averages_that_a_config_asks_for():
     assert [(k, e.decay) for k, e in found.items()] == [
         ("ema", 0.5), ("ema_0.9999", 0.9999), ("ema_0.99", 0.99), ("ema_1e-05", 0.00001)]
     found = emas(ema_sigma_rel=0.05, ema_more=[0.1], ema_decay=0.)
-    assert [(k, round(e.gamma, 4)) for k, e in found.items()] == [("ema", 16.9722), ("ema_0.1", 6.9372)]
+    assert [(k, round(e.gamma, 4)) for k, e in found.items()] == [("ema", 16.9722),
+                                                                  ("ema_0.1", 6.9372)]
 
 
 @pytest.mark.parametrize("fields, name", [
@@ -216,7 +217,8 @@ def test_the_averages_that_a_config_asks_for():
     (dict(ema_more=[0.99, 0.99000001]), "ema_0.99"),         # two, but one file name
 ])
 def test_an_average_that_stands_twice_is_refused(fields, name):
-    with pytest.raises(ValueError, match=rf"training.ema_more: .*; {name} stands twice"): emas(**fields)
+    with pytest.raises(ValueError, match=rf"training.ema_more: .*; {name} stands twice"):
+        emas(**fields)
 
 
 def test_a_decay_among_widths_is_refused():

@@ -52,12 +52,14 @@ def test_what_is_frozen_is_left_alone():
     assert all(p.grad is not None for g in optimizer.param_groups for p in g["params"])
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters())]
-    assert moved == [p.requires_grad for p in network.parameters()] == [False, False, True, True, True, False]
+    assert moved == [p.requires_grad for p in network.parameters()] == [False, False, True, True,
+                                                                        True, False]
 
 
 @pytest.mark.mended(3)
 def test_a_network_that_is_frozen_as_a_whole_says_so():
-    with pytest.raises(ValueError, match="Linear has no parameter to train: 2 are there, all frozen"):
+    with pytest.raises(ValueError,
+                       match="Linear has no parameter to train: 2 are there, all frozen"):
         create_optimizer(training(), nn.Linear(2, 2).requires_grad_(False))
 
 
@@ -72,7 +74,8 @@ def test_a_frozen_table_of_whole_numbers_does_not_slow_the_rest():
 @pytest.mark.mended(18)
 @pytest.mark.parametrize("state", [None, {}])
 def test_a_checkpoint_without_an_optimizer_is_refused_in_our_words(state):
-    with pytest.raises(ValueError, match="holds no optimizer state.*Start another run from its weights"):
+    with pytest.raises(ValueError,
+                       match="holds no optimizer state.*Start another run from its weights"):
         restore_optimizer(create_optimizer(training(), nn.Linear(2, 2)), state)
 
 
@@ -133,7 +136,8 @@ def test_lion_is_the_papers_algorithm_and_resumes():
 
 def test_without_its_library_lion_says_what_to_do_and_the_others_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    with pytest.raises(ImportError, match=r"lion-pytorch: pip install 'diffusion_model\[lion\]', or .* adamw"):
+    with pytest.raises(ImportError,
+                       match=r"lion-pytorch: pip install 'diffusion_model\[lion\]', or .* adamw"):
         create_optimizer(training(optimizer="lion"), nn.Linear(1, 1))
     for name in OPTIMIZERS:
         if name != "lion": create_optimizer(training(optimizer=name), nn.Linear(1, 1))
@@ -148,7 +152,8 @@ def test_the_config_and_the_tables_name_the_same():
 def test_unknown_names_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="'lars'; allowed: adamw, adam, sgd, lion"):
         create_optimizer(training().model_copy(update={"optimizer": "lars"}), nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="'exp'; allowed: constant, linear, cosine, step, inverse_sqrt"):
+    with pytest.raises(ValueError,
+                       match="'exp'; allowed: constant, linear, cosine, step, inverse_sqrt"):
         learning_rate(0, training().model_copy(update={"lr_schedule": "exp"}))
 
 
@@ -225,4 +230,5 @@ def test_adam_and_adamw_share_their_moments():
     one.step()
     two = create_optimizer(training(optimizer="adamw"), network)
     restore_optimizer(two, one.state_dict())
-    for p in network.parameters(): assert torch.equal(one.state[p]["exp_avg"], two.state[p]["exp_avg"])
+    for p in network.parameters():
+        assert torch.equal(one.state[p]["exp_avg"], two.state[p]["exp_avg"])

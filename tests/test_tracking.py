@@ -269,7 +269,8 @@ def test_wandb_goes_on_in_its_old_page(tmp_path, monkeypatch):
         calls.append(options)
         return types.SimpleNamespace(id=options["id"] or "abc", finish=lambda: told.append("end"),
                                      log=lambda values, step: told.append((step, values)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda g: g.shape))
+    monkeypatch.setitem(sys.modules, "wandb",
+                        types.SimpleNamespace(init=init, Image=lambda g: g.shape))
     for _ in range(2):
         run = WandB(tmp_path, "project", {"a": 1})
         run.log(3, {"loss": torch.tensor(0.5)})
