@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model.config import TrainingConfig
+from diffusion_model.config import TrainingConfig, load_config
 from diffusion_model.optimizer import (LR_SCHEDULES, OPTIMIZERS, create_optimizer, learning_rate,
                                        parameter_groups, restore_optimizer, set_learning_rate)
 
@@ -52,8 +52,8 @@ def test_what_is_frozen_is_left_alone():
     assert all(p.grad is not None for g in optimizer.param_groups for p in g["params"])
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters())]
-    assert moved == [p.requires_grad
-                     for p in network.parameters()] == [False, False, True, True, True, False]
+    assert moved == [p.requires_grad for p in network.parameters()] == [False, False, True, True,
+                                                                        True, False]
 
 
 @pytest.mark.mended(3)
