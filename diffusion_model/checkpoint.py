@@ -284,7 +284,7 @@ def _bytes_of(value) -> int:
 
 def _existing(path: Path) -> Path:
     "A folder, or the nearest one above it that exists."
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    return next(p for p in (path, *path.parents) if p.is_dir())
 
 # %% ../nbs/27_checkpoint.ipynb #98856e6b
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota used up, file too large
@@ -308,7 +308,8 @@ def _write_safely(folder: Path, weights: dict, trainer, config: Config, about: d
     "Write the unfinished folder; remove it if that fails, and explain a full disk."
     root, step, needed = folder.parent, about["step"], _bytes_of([weights, trainer])
     try:
-        if shutil.disk_usage(_existing(root)).free < needed: raise OSError(errno.ENOSPC, "disk full")
+        free = shutil.disk_usage(_existing(root)).free
+        if free < needed: raise OSError(errno.ENOSPC, "disk full")
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("step_*.tmp"): shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir()

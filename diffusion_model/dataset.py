@@ -162,7 +162,7 @@ class Batch(NamedTuple):
         cond = map_cond(lambda c: c.pin_memory(), self.cond)
         return Batch(self.images.pin_memory(), cond, self.positions.pin_memory())
 
-# %% ../nbs/23_dataset.ipynb #80a59fd3
+# %% ../nbs/23_dataset.ipynb #5a352af5
 @patch
 def rows(self: Batch, rows: slice) -> Batch:
     "Some rows of a batch."
@@ -183,7 +183,7 @@ def or_zeros(self: Batch) -> Batch:
     return self if len(self.images) else Batch(
         one(self.images), map_cond(one, self.cond), one(self.positions))
 
-# %% ../nbs/23_dataset.ipynb #ed5e8ce8
+# %% ../nbs/23_dataset.ipynb #5bc132ed
 class ImageSet(Dataset):
     "A source of bytes, seen through a transform."
     def __init__(
@@ -321,7 +321,7 @@ def read_image(path, prepare=None):
         raise ValueError(f"{path}: not a readable image ({status.st_size} bytes): {why}; repair "
                          "or remove this file") from error
 
-# %% ../nbs/23_dataset.ipynb #b1127325
+# %% ../nbs/23_dataset.ipynb #bde6c301
 def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
@@ -368,7 +368,7 @@ def scan_folder(root) -> tuple[list, list | None, list | None]:  # paths, labels
     _warn_of_names(classes)
     return paths, [classes.index(p.relative_to(root).parts[0]) for p in paths], classes
 
-# %% ../nbs/23_dataset.ipynb #82e96e57
+# %% ../nbs/23_dataset.ipynb #55ec84be
 def _some(things, most: int = 3) -> str:
     "The first few, and a sign that there are more."
     things = list(map(str, things))
@@ -387,7 +387,7 @@ def _check_splits(root: Path, folders: list):
         raise ValueError(f"data.root: '{root}' holds the folders {' and '.join(found)}, which "
                          "would become classes; give one of them, it is split anew")
 
-# %% ../nbs/23_dataset.ipynb #61cda32c
+# %% ../nbs/23_dataset.ipynb #cf0906f4
 def _warn_of_loose(root: Path, loose: list, folders: list):
     warnings.warn(
         f"data.root: '{root}' holds {len(loose)} picture(s) ({_some(p.name for p in loose)}) "
@@ -426,20 +426,24 @@ class _File:
     def __call__(self, i): return read_image(self.paths[i], self.transform.prepare)
 
 
-def _warn_of_small(paths: list, size: int, most: int = 500):
-    "Look at the sizes of some files: what is enlarged much is blurred, and blur is learned."
-    looked, small = paths[::-(-len(paths)//most)], []
-    for path in looked:
-        if not path.is_file(): continue
+def _warn_of_small(small: list, looked: int, size: int):
+    "What is enlarged much is blurred, and a network learns the blur."
+    if small: warnings.warn(
+        f"data.image_size: {len(small)} of {looked} images are enlarged to more than twice their "
+        f"size, to {size} pixels ({_some(dict.fromkeys(small))}): choose a smaller data.image_size, "
+        "or remove them")
+
+
+def _small_files(paths: list, size: int) -> list[str]:
+    "Name and size of each image whose shorter side is less than half of `size`; bad files pass."
+    small = []
+    for path in filter(Path.is_file, paths):
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             with Image.open(path) as image: width, height = image.size
             if 2*min(width, height) < size: small.append(f"{path.name}: {width}×{height}")
-    if small: warnings.warn(
-        f"data.image_size: {len(small)} of {len(looked)} images are enlarged to more than twice "
-        f"their size, to {size} pixels ({_some(small)}): choose a smaller data.image_size, or "
-        "remove them")
+    return small
 
-# %% ../nbs/23_dataset.ipynb #0f97abce
+# %% ../nbs/23_dataset.ipynb #750f40a5
 def _folder(data) -> Datasets:
     root = Path(data.root).expanduser()
     paths, labels, classes = scan_folder(root)
@@ -447,7 +451,8 @@ def _folder(data) -> Datasets:
     held = max(1, round(data.validation_fraction*n))
     if n < 3: raise ValueError(f"data.root: found {n} images in '{root}'; training, validation "
                                "and test need at least 3")
-    _warn_of_small(paths, data.image_size)
+    some = paths[::-(-n//500)]  # of a large folder not all, for opening them takes time
+    _warn_of_small(_small_files(some, data.image_size), len(some), data.image_size)
     order = _by_name(paths, root, data.data_seed)
     parts = order[2*held:], order[:held], order[held:2*held]
     sets = []
@@ -522,7 +527,7 @@ def _damaged(data, file: Path, error) -> ValueError:
     return ValueError(f"{data.dataset}: '{file}' is damaged ({file.stat().st_size} bytes): {why}; "
                       "delete it, and have it fetched again by --data.download true")
 
-# %% ../nbs/23_dataset.ipynb #ee2926cf
+# %% ../nbs/23_dataset.ipynb #e3ff1651
 def _labels_of(ds) -> Tensor | None:
     "The label of each item, where the data set tells without decoding."
     targets = getattr(ds, "targets", None)
@@ -553,7 +558,7 @@ class _Item:
                              f"{type(image).__name__}; sets of single images are supported")
         return self.transform.prepare(image)
 
-# %% ../nbs/23_dataset.ipynb #164dd647
+# %% ../nbs/23_dataset.ipynb #4f68387c
 def _array(ds) -> Tensor | None:
     "The whole data set as bytes (N, C, H, W), where torchvision holds it so."
     x = getattr(ds, "data", None)
@@ -596,10 +601,14 @@ def _torchvision(data) -> Datasets:
     train, validation = split_train(len(ds), data.validation_fraction, data.data_seed)
     held = source if isinstance(source, ArraySource) else _source(ds, plain, skip)
     test = _source(_torchvision_part(data, train=False), plain, skip)
+    if isinstance(source, ArraySource):
+        height, width = source.images.shape[-2:]
+        small = [f"{width}×{height}"]*len(source) if 2*min(height, width) < data.image_size else []
+        _warn_of_small(small, len(source), data.image_size)
     return Datasets(ImageSet(source, augmented, train), ImageSet(held, plain, validation),
                     ImageSet(test, plain), source.classes)
 
-# %% ../nbs/23_dataset.ipynb #2c57f9db
+# %% ../nbs/23_dataset.ipynb #339afd0f
 #: name -> function(data) -> Datasets; other names are torchvision's
 DATASETS = {"shapes": _shapes, "folder": _folder}
 
@@ -610,7 +619,7 @@ def create_dataset(
     "The three sets that a config describes."
     return DATASETS.get(data.dataset, _torchvision)(data)
 
-# %% ../nbs/23_dataset.ipynb #06475fb5
+# %% ../nbs/23_dataset.ipynb #08d343f2
 def _digest(lines) -> str:
     "A short hash of many pieces of bytes."
     total = hashlib.blake2b(digest_size=8)
@@ -631,7 +640,7 @@ def describe(self: Shapes, indices: Tensor) -> dict:
     "What these figures are drawn from."
     return {"drawn_by": "draw_shapes", "seed": self.seed, "image_size": self.image_size}
 
-# %% ../nbs/23_dataset.ipynb #64e6b075
+# %% ../nbs/23_dataset.ipynb #fc869553
 @patch
 def describe(self: ArraySource, indices: Tensor) -> dict:
     "A hash of these images and their conditions."
@@ -656,7 +665,7 @@ def describe(self: _File, indices: Tensor, most: int = 200_000) -> dict:
     digest = _digest(f"{name}\t{size}\n".encode() for name, size in sizes.items())
     return {"digest": digest} | ({"files": sizes} if sum(map(len, sizes)) <= most else {})
 
-# %% ../nbs/23_dataset.ipynb #24dba294
+# %% ../nbs/23_dataset.ipynb #7f4b60d5
 def describe_data(
     datasets: Datasets,
 ) -> dict:  # plain values: {"classes": names or None, "train": {"images": n, ...}, ...}
@@ -668,7 +677,7 @@ def describe_data(
         found[name] = {"images": len(part)} | facts
     return found
 
-# %% ../nbs/23_dataset.ipynb #2ff5d79d
+# %% ../nbs/23_dataset.ipynb #1276ada6
 def _compare_classes(then: list | None, now: list | None) -> list[str]:
     if then == now: return []
     if then is None or now is None: return [f"classes: {_names(then)} then, {_names(now)} now"]
@@ -679,7 +688,7 @@ def _compare_classes(then: list | None, now: list | None) -> list[str]:
 
 def _names(classes: list | None) -> str: return "none" if classes is None else _some(classes)
 
-# %% ../nbs/23_dataset.ipynb #32726bd8
+# %% ../nbs/23_dataset.ipynb #0d980ab1
 def _compare_part(name: str, then: dict, now: dict) -> list[str]:
     "One sentence on training, validation or test images, if they are others."
     if not then or then == now: return []
@@ -699,7 +708,7 @@ def _compare_part(name: str, then: dict, now: dict) -> list[str]:
     if not changes and then["images"] == now["images"]: changes = ["not the same ones"]
     return [f"{counts}: {', '.join(changes)}" if changes else counts]
 
-# %% ../nbs/23_dataset.ipynb #b00be414
+# %% ../nbs/23_dataset.ipynb #a3dbf600
 def compare_data(
     then: dict,   # from `describe_data`
     now: dict,    # from `describe_data`
@@ -764,7 +773,7 @@ class _Addressed(Dataset):
             except (ValueError, OSError) as error: done = error  # raised, unwrapped, in __iter__
         return done, [str(w.message) for w in caught]
 
-# %% ../nbs/23_dataset.ipynb #63c610f2
+# %% ../nbs/23_dataset.ipynb #334e1546
 SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)}  #: what stops a run, and is its parent's business in a worker
 
@@ -788,7 +797,7 @@ def _end_on_request():
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
     os._exit(0)
 
-# %% ../nbs/23_dataset.ipynb #846f06c8
+# %% ../nbs/23_dataset.ipynb #17edc0d3
 @contextlib.contextmanager
 def _hold_signals():
     "Signals that come inside `with` are delivered after it; processes started in it hold theirs."
@@ -802,7 +811,7 @@ def _hold_signals():
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-# %% ../nbs/23_dataset.ipynb #a5d96f26
+# %% ../nbs/23_dataset.ipynb #7c4bb30a
 @patch
 def __iter__(self: PositionLoader):
     "Batches from step `start` on, without end."

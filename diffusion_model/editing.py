@@ -43,7 +43,7 @@ def _placed(denoiser: DenoiserLike, cond: Cond, *images: Tensor):
     device = device_of(denoiser, images[0])
     return map_cond(lambda c: c.to(device), cond), *(image.to(device) for image in images)
 
-# %% ../nbs/06_editing.ipynb #ce469eaa
+# %% ../nbs/06_editing.ipynb #59257b68
 @torch.no_grad()
 def inpaint(
     denoiser: DenoiserLike,
@@ -109,7 +109,7 @@ def slerp(
     return (expand(((1 - fraction)*angle).sin()/angle.sin(), a)*a
             + expand((fraction*angle).sin()/angle.sin(), b)*b)
 
-
+# %% ../nbs/06_editing.ipynb #260b5220
 @torch.no_grad()
 def interpolate(
     denoiser: DenoiserLike,

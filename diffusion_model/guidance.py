@@ -29,7 +29,7 @@ def drop_cond(
 ) -> Cond:       # (B, ...), null where hidden
     "Hide some conditions, each sample's for itself (Ho & Salimans 2022, Algorithm 1)."
     def drop(c, null):
-        hide = (u < p).reshape(-1, *[1]*(c.ndim - 1))
+        hide = (u < p).to(c.device, non_blocking=True).reshape(-1, *[1]*(c.ndim - 1))
         return torch.where(hide, _null_like(c, null), c)
     return cond if cond is None else map_cond(drop, cond, null)
 

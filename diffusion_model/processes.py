@@ -111,7 +111,6 @@ def _connect(self: World) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # said below, for each case
         state = PartialState(cpu=cpu, timeout=patience)
-    self.rank, self.size = state.process_index, state.num_processes
     if not cpu: self.device = state.device
     # a fork does not take the threads of OpenMP along: a parallel loop would wait for them
     if state.fork_launched and cpu: torch.set_num_threads(1)
@@ -132,12 +131,14 @@ def close(self: World) -> None:
 @patch
 def _meet(self: World, values) -> list[list[float]]:
     "The numbers of each process, in order of rank: one meeting, and one wait for the device."
+    if not len(values): return [[]]*self.size
     alone = self.size == 1
     if alone and not any(isinstance(v, Tensor) for v in values): return [[float(v) for v in values]]
     kind = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-    mine = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device).detach().reshape(())
-                        for v in values]) if len(values) else torch.empty(0)
-    if alone or not len(values): return [mine.tolist()]*self.size
+    there = dict(dtype=kind, device=self.device)  # a number is filled in there: nothing is copied
+    mine = torch.stack([v.detach().to(**there).reshape(()) if isinstance(v, Tensor) else
+                        torch.full((), v, **there) for v in values])
+    if alone: return [mine.tolist()]
     rows = [torch.empty_like(mine) for _ in range(self.size)]
     dist.all_gather(rows, mine)
     return torch.stack(rows).tolist()
@@ -228,8 +229,9 @@ def agree(self: World, **values) -> None:  # plain values, and dicts of them, by
         if len(set(there)) > 1: lines.append(f"{name}: " + "; ".join(
             f"{value} in process {', '.join(str(r) for r, v in enumerate(there) if v == value)}"
             for value in dict.fromkeys(there)))
-    if lines: raise ValueError("\n".join(
-        ["the processes do not belong to one run: give each the same command, code and data", *lines]))
+    if lines: raise ValueError("\n".join([
+        "the processes do not belong to one run: give each the same command, code and data",
+        *lines]))
 
 # %% ../nbs/29_processes.ipynb #796d252e
 @contextlib.contextmanager

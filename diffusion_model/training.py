@@ -111,7 +111,8 @@ def train_step(self: Trainer, batch: Batch) -> dict:
     weights = [p for group in self.optimizer.param_groups for p in group["params"]
                if p.grad is not None]
     size = torch.nn.utils.get_total_norm([p.grad for p in weights])
-    loss, seen, norm = self._numbers(losses, size)
+    kind = torch.float32 if self.device.type == "mps" else torch.float64
+    (loss, seen), (norm,) = self.world.reduce([losses.to(kind).sum(), len(losses)], [size])
     if not seen: raise ValueError(f"step {self.step}: none of its {t.batch_size} images could be "
                                   "read: repair the data, or choose another data.data_seed")
     if math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1:  # fp16
@@ -124,14 +125,6 @@ def train_step(self: Trainer, batch: Batch) -> dict:
             "skipped": t.batch_size - int(seen)}
 
 # %% ../nbs/31_training.ipynb #d557d1a6
-@patch
-def _numbers(self: Trainer, losses: Tensor, norm: Tensor) -> tuple[float, float, float]:
-    "Summed loss and number of samples, over all processes, and the norm: waiting once."
-    kind = torch.float32 if self.device.type == "mps" else torch.float64
-    (loss, seen), (norm,) = self.world.reduce([losses.to(kind).sum(), len(losses)], [norm])
-    return loss, seen, norm
-
-
 @patch
 def _apply(self: Trainer, weights: list, size: Tensor, norm: float, more: float):
     "Clip and step; `more` than 1 where images were left out: the mean is over those there."
@@ -193,20 +186,21 @@ def fit(self: Trainer) -> "Trainer":
 @patch
 def _after_step(self: Trainer, metrics: dict):
     "Call the callbacks, by kind; a step that was made is saved even where one of them fails."
-    ordered = sorted(self.callbacks, key=lambda c: c.order)
-    try:
-        for callback in ordered: callback.after_step(self, metrics)
-    except BaseException:
-        for callback in ordered:
-            with contextlib.suppress(Exception): callback.rescue(self)
-        with contextlib.suppress(Exception): wait_for_checkpoints()
-        raise
+    ordered, errors = sorted(self.callbacks, key=lambda c: c.order), []
+    for callback in ordered:
+        try: callback.after_step(self, metrics)
+        except Exception as error: errors.append(error)
+    if not errors: return
+    with contextlib.suppress(Exception):
+        for callback in ordered: callback.rescue(self)
+        wait_for_checkpoints()
+    raise errors[0]
 
 
 @patch
 def _end(self: Trainer):
     "Let the callbacks end, those that save before those that show; then only saving can fail."
-    for callback in sorted(self.callbacks, key=lambda c: c.order, reverse=True):
+    for callback in sorted(self.callbacks, key=lambda c: (c.order != SAVES, c.order)):
         try: callback.end(self)
         except Exception as error:
             if callback.order == SAVES: raise
@@ -219,8 +213,9 @@ def _end(self: Trainer):
 def _begin(self: Trainer, enter) -> list:
     "Take the run directory, open the trackers, listen to signals: the list that notes them."
     enter(report_lost_process(self.world))
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in self.objective.networks.items()}
     self.world.agree(seed=self.cfg.training.seed, steps=self.cfg.training.max_steps, step=self.step,
-                     data=self.data, network=self._size())
+                     data=self.data, weights=sizes)
     self.write_status, self.trackers = lambda *_, **__: None, Trackers({})
     if self.world.main:
         self.write_status = enter(run_lock(self.run_dir, self.cfg.training.max_steps))
@@ -233,14 +228,8 @@ def _begin(self: Trainer, enter) -> list:
     self.objective.train()
     self.stop = False
     caught = enter(catch_signals())
-    for callback in self.callbacks: callback.begin(self)
+    for callback in sorted(self.callbacks, key=lambda c: c.order): callback.begin(self)
     return caught
-
-
-@patch
-def _size(self: Trainer) -> list:
-    "Name and number of weights of each network."
-    return [(n, sum(p.numel() for p in m.parameters())) for n, m in self.objective.networks.items()]
 
 # %% ../nbs/31_training.ipynb #0a66093a
 @patch
@@ -261,7 +250,8 @@ def save(self: Trainer) -> Path | None:
     step, score = self.validation or (None, None)
     return save_checkpoint(
         self.run_dir, self.step, self.objective.networks, self.emas, self.optimizer, self.cfg,
-        extra={"callbacks": remembered(self.callbacks), "scaler": self.scaler.state_dict(), "data": self.data},
+        extra={"callbacks": remembered(self.callbacks), "scaler": self.scaler.state_dict(),
+               "data": self.data},
         classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints,
         keep_best=self.cfg.logging.keep_best, score=score if step == self.step else None,
         network_name=self.objective.network_name)
@@ -300,7 +290,7 @@ def resume(self: Trainer,
 def _other_data(self: Trainer, then: dict | None) -> list[str]:
     "How the data differ from those that the run has seen. Raises unless that is accepted."
     lines = [] if then is None else compare_data(then, self.data)  # 0.1.0 did not write it down
-    if lines and getattr(self.cfg.data, "if_changed", "error") == "error": raise ConfigError([
+    if lines and self.cfg.data.if_changed == "error": raise ConfigError([
         *lines, "the run would go on with other data than it has seen: put them back, or say "
         "--data.if_changed accept"])
     return lines

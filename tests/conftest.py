@@ -59,7 +59,7 @@ def kept(row): return row["passed"] > 0 and not row["failed"]
 
 def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
-    for kind in asked(config):
+    for kind in [] if config.option.collectonly else asked(config):
         table = count(terminalreporter, kind)
         terminalreporter.section({"fault": "faults", "mended": "faults that were mended"}[kind])
         write(f"{'':3}{'fault':38}{'tests':>6}{'passed':>8}{'failed':>8}{'skipped':>9}")

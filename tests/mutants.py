@@ -26,16 +26,16 @@ LIMITS = {"notebook": 300, "pytest": 900}  # seconds; a mistake that hangs is no
 
 # Which tests belong to a module, likely killers first. `test_MODULE.py` always belongs to it.
 CORE = ["test_core.py"]
-RUNS = ["test_training.py", "faults/test_numbers.py", "test_checkpoint.py", "test_cli.py",
-        "faults/test_fields.py", "faults/test_saving.py", "faults/test_resume.py"]
+RUNS = ["test_training.py", "test_registries.py", "faults/test_numbers.py", "test_checkpoint.py",
+        "test_cli.py", "faults/test_fields.py", "faults/test_saving.py", "faults/test_resume.py"]
 TESTS = {
     "scheduler": CORE, "denoiser": CORE, "oracle": CORE, "guidance": CORE, "editing": CORE,
     "sampler": [*CORE, "test_parity.py"],
     "unet_config": ["test_config.py", "faults/test_fields.py", "test_unet.py"],
-    "networks": ["test_config.py", "test_unet.py", "test_training.py"],
+    "networks": ["test_config.py", "test_unet.py", "test_registries.py"],
     "config": ["faults/test_fields.py", "test_cli.py"],
     "transforms": ["faults/test_images.py"], "dataset": ["faults/test_images.py"],
-    "space": ["test_transforms.py", "test_cli.py", "faults/test_numbers.py"],
+    "space": ["test_transforms.py", "test_registries.py", "test_cli.py", "faults/test_numbers.py"],
     "optimizer": ["test_training.py"], "ema": ["test_training.py"],
     "checkpoint": ["faults/test_saving.py", "test_training.py"],
     "tracking": ["test_training.py", "test_cli.py", "faults/test_saving.py"],
@@ -113,9 +113,13 @@ def as_in_notebooks(text: str) -> str:
 
 
 def tests_of(module: str, root: Path = ROOT) -> list[Path]:
-    "The test files of a module that are there."
-    names = dict.fromkeys([f"test_{module}.py", *TESTS.get(module, [])])
-    return [root/"tests"/n for n in names if (root/"tests"/n).is_file()]
+    "The test files of a module that are there; and those of mended faults that import it."
+    names = [f"test_{module}.py", *TESTS.get(module, [])]
+    found = [root/"tests"/n for n in names if (root/"tests"/n).is_file()]
+    named = re.compile(rf"\bdiffusion_model(\.| import .*\b){module}\b")
+    found += [p for p in sorted((root/"tests"/"mended").glob("test_*.py"))
+              if named.search(p.read_text())]
+    return list(dict.fromkeys(found))
 
 
 # -- running. What every notebook and test imports is imported once, in a server that forks.
@@ -170,17 +174,17 @@ def copy(folder: Path) -> Path:
 class Bench:
     "Copies to work in, one for each job, and what was found until now."
     def __init__(self, folder: Path, jobs: int, memory: Path | None):
-        self.copies, self.memory = queue.Queue(), memory
+        self.copies, self.memory, self.root = queue.Queue(), memory, copy(folder/"as it is")
         for k in range(jobs): self.copies.put(copy(folder/str(k)))
         self.known = json.loads(memory.read_text()) if memory and memory.is_file() else {}
 
     def key(self, kind: str, module: str, mistake: Mistake | None) -> str:
         "The same for the same mistake in the same text under the same notebook or tests."
-        where = place(module)
+        where = place(module, self.root)
         cells = [c["source"] for c in json.loads(where.notebook.read_text())["cells"]
                  if c["cell_type"] == "code"]
         facts = [kind, mistake and (mistake.old, mistake.new), where.module.read_text(), cells]
-        if kind == "pytest": facts += [path.read_text() for path in tests_of(module)]
+        if kind == "pytest": facts += [p.read_text() for p in tests_of(module, self.root)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def ask(self, kind: str, module: str, mistake: Mistake | None = None) -> dict:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffusion_model import dataset
 from diffusion_model.config import DataConfig
+from diffusion_model.counters import permutation
 from diffusion_model.dataset import (ImageSet, Shapes, create_dataset, create_loader, draw_shapes,
                                      scan_folder)
 from diffusion_model.transforms import create_transform
@@ -148,6 +149,27 @@ def same(a, b):
                for x, y in zip(p, q, strict=True))
 
 
+@pytest.mark.mended(15)
+def test_each_epoch_has_its_own_order_and_each_seed_its_own():
+    loader = create_loader(create_dataset(config()).train, 40, seed=3)  # a step is an epoch
+    orders = [loader.address(step)[0] for step in range(4)]
+    for epoch, order in enumerate(orders): assert torch.equal(order, permutation(3, epoch, 40))
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("name", ["shapes", "folder"])
+def test_only_training_images_change_with_their_position(folder, name):
+    for path in folder.glob("*/*"):  # wider than high, and getting lighter to the right
+        if path.suffix in (".png", ".JPG", ".webp") and not path.name.startswith("."):
+            Image.linear_gradient("L").rotate(90).resize((40, 20)).save(path)
+    sets = create_dataset(config(dataset=name, root=str(folder), crop="random", image_size=8,
+                                 horizontal_flip=True))
+    for part, same in zip(sets, (False, True, True)):
+        first = torch.zeros(30, dtype=torch.long)
+        views = part.batch(first, torch.arange(30)).images
+        assert (views == views[:1]).all() == same
+
+
 def test_resuming_is_arithmetic(): assert same(take(9)[4:], take(5, start=4))
 
 
@@ -192,7 +214,7 @@ def test_split_folders_are_not_taken_for_classes(folder):
     for name in ("train", "test"):
         (root/name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root/name/"a.png")
-    with pytest.raises(ValueError, match="train and test, which would become classes"):
+    with pytest.raises(ValueError, match="test and train, which would become classes"):
         scan_folder(root)
 
 

@@ -6,7 +6,6 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from diffusion_model.config import DataConfig
-from diffusion_model.counters import counter_uniform
 from diffusion_model.space import Pixels, to_uint8
 from diffusion_model.transforms import (
     as_channels, create_transform, random_crop, random_flip, resize_crop, to_float, to_tensor)
@@ -60,8 +59,6 @@ def test_palette_with_transparency_and_key_colour():
 def test_sixteen_bits():
     x = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     assert torch.equal(to_tensor(Image.fromarray(x), 1).flatten(), EVERY)
-    wide = Image.fromarray(x.astype(np.int32))
-    assert wide.mode == "I" and torch.equal(to_tensor(wide, 1).flatten(), EVERY)
 
 
 def test_floating_point_images_are_refused():
@@ -150,9 +147,27 @@ def test_tensor_and_picture_give_the_same():
     assert torch.equal(judge(image), judge(F.pil_to_tensor(image)))
 
 
-def test_flip_and_crop_numbers_are_uncorrelated():
-    u = counter_uniform(0, "augment", torch.arange(10_000), 2).double()
-    assert torch.corrcoef(u.T)[0, 1].abs() < 4/100
+@pytest.mark.mended(15)
+@pytest.mark.parametrize("tall", [False, True])
+def test_where_it_is_cut_says_nothing_about_whether_it_is_mirrored(tall):
+    "Read off the images that the transform makes: of a ramp, and of one that lies across it."
+    n, long, short = 10_000, torch.arange(40), torch.arange(16)
+    picture = long[:, None]*2 + short*8 if tall else (long*5).expand(16, 40)
+    prepared = picture.to(torch.uint8)[None]
+    learn = create_transform(DataConfig(image_size=16, channels=1, crop="random"), train=True)
+    views = to_uint8(learn.augment([prepared]*n, torch.arange(n)))[:, 0].double()
+    mirrored = (views[:, 0, 0] > views[:, 0, -1]).double()
+    place = views.amin((1, 2))
+    assert len(place.unique()) > 3 and abs(mirrored.mean() - 0.5) < 4*0.5/100
+    assert torch.corrcoef(torch.stack([place, mirrored]))[0, 1].abs() < 4/100
+
+
+def test_to_bytes_is_what_plotting_draws():
+    "Images that were drawn, and images that are shown, are the same bytes."
+    from diffusion_model.plotting import image_grid
+    x = torch.linspace(-1.2, 1.2, 48*48).view(1, 1, 48, 48).expand(1, 3, 48, 48)
+    shown = torch.from_numpy(image_grid(x, pad=0)).permute(2, 0, 1)
+    assert torch.equal(Pixels(DataConfig()).decode(x)[0], shown)
 
 
 def test_unknown_background():

@@ -136,6 +136,26 @@ def test_bad_pictures_can_be_left_out_and_counted(folder, kind, workers):
 
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("workers", [0, 2])
+def test_labels_stay_with_their_images_where_some_are_left_out(tmp_path, workers):
+    "Classes in turn by brightness, so that a label that has slipped shows."
+    root = tmp_path/"classes"
+    for i in range(20):
+        path = root/f"{i % 2}"/f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (12*i,)*3).save(path)
+    for i in (3, 4, 10): write(root/f"{i % 2}"/f"{i:02}.png", "text")
+    sets = create_dataset(config(root, bad_images="skip"))
+    seen = 0
+    with warnings.catch_warnings(record=True):
+        for batch in islice(create_loader(sets.train, 8, seed=0, num_workers=workers), 6):
+            assert batch.cond.tolist() == [x % 2 for x in brightness(batch.images)]
+            assert len(batch.positions) == len(batch.images)
+            seen += 8 - len(batch.images)
+    assert seen > 3
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_of_which_nothing_is_left(folder, workers):
     for i in range(20): write(folder/f"{i:02}.png", "text")
     sets = create_dataset(config(folder, bad_images="skip", crop="random"))

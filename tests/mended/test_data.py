@@ -137,6 +137,7 @@ def wait_until_gone(pids, seconds):
 
 
 @linux
+@pytest.mark.slow_fault
 @pytest.mark.mended(1)
 def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path):
     process = start(TRAIN, tmp_path/"run", "--num_workers=2")
@@ -476,6 +477,18 @@ def test_tiny_pictures_are_counted_once(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         create_dataset(config(folder, image_size=18))  # twice is what many want
+
+
+@pytest.mark.mended(20)
+def test_tiny_pictures_of_an_array_are_counted_once(tmp_path):
+    write_mnist(tmp_path)
+    data = DataConfig(dataset="MNIST", root=str(tmp_path), channels=1, image_size=64)
+    with pytest.warns(UserWarning, match=r"20 of 20 images .* to 64 pixels \(28×28\)") as caught:
+        create_dataset(data)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_dataset(data.model_copy(update={"image_size": 56}))
 
 
 @pytest.mark.mended(20)

@@ -13,8 +13,8 @@ from diffusion_model.checkpoint import (CheckpointError, find_checkpoint, load_c
                                         save_checkpoint, wait_for_checkpoints)
 from diffusion_model.ema import EMA
 from diffusion_model.processes import World, report_lost_process
-from diffusion_model.tracking import (MetricsFile, Trackers, read_metrics, read_status, record_start,
-                                      run_lock, warn_safely)
+from diffusion_model.tracking import (MetricsFile, Trackers, read_metrics, read_status,
+                                      record_start, run_lock, warn_safely)
 from test_checkpoint import Run, flip, reseal, saver
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,7 +43,7 @@ def test_what_an_interrupted_first_save_left_is_no_checkpoint_and_is_named(run):
     (run.root/"checkpoints"/"step_00000005.tmp").mkdir(parents=True)
     (run.root/"checkpoints"/"step_00000005.tmp"/"manifest.json").write_text("{}")
     for path in (run.root, run.root/"checkpoints"):
-        with pytest.raises(FileNotFoundError, match="holds none but step_00000005.tmp, which an interrupted"):
+        with pytest.raises(FileNotFoundError, match="none but step_00000005.tmp, which an inter"):
             find_checkpoint(path)
     run.save(5)
     assert run.names() == ["step_00000005"] and load_checkpoint(run.root).step == 5
@@ -71,7 +71,7 @@ def test_an_average_of_what_does_not_move_is_the_thing_itself():
 
 @pytest.mark.mended(15)
 def test_buffers_are_lent_with_the_weights():
-    "The trained network's statistics have gone on; lent weights come with the averaged statistics."
+    "The trained network's statistics have gone on; what is lent comes with the averaged ones."
     net = nn.BatchNorm1d(2)
     ema = EMA(net)
     net(torch.randn(8, 2) + 5)
