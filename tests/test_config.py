@@ -123,10 +123,19 @@ def test_the_last_override_wins():
     (["--eta", "0.5", "--solver", "euler"], "only 'ddim' has it"),
     (["--num_classes", "7"], "CIFAR10 has 10 classes"),
     (["--guidance_scale", "2"], "model.num_classes > 0"),
+    (["--guidance_scale", "0"], "model.num_classes > 0"),
     (["--dataset", "shapes", "--train_size", "5"], "training.batch_size"),
 ])
 def test_refused(words, says):
     assert any(says in line for line in lines("default", words)), lines("default", words)
+
+
+@pytest.mark.parametrize("words", [
+    {"schedule": "cosine", "timesteps": 30, "steps": 30}, {"batch_size": 8, "accumulation": 8},
+    {"dataset": "shapes", "train_size": 128}, {"train_size": 5},  # CIFAR10's size is its own
+    {"guidance_interval": [0, 1]}, {"timesteps": 21, "steps": 10}, {"num_classes": 10},
+    {"beta_start": 0.02}, {"dataset": "folder", "num_classes": 7}, {"eta": 1, "solver": "ddim"}])
+def test_the_edges_of_what_is_allowed(words): load_config("default", words)
 
 
 def test_errors_come_together(write):
