@@ -1,5 +1,5 @@
 "Checkpoints under fault: kills, full disks, damage, malice, wrong paths and wrong networks."
-import errno, hashlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys
+import errno, hashlib, json, math, os, random, shutil, signal, subprocess, sys
 import textwrap, threading, time, warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import diffusion_model.checkpoint as module
-from diffusion_model.checkpoint import (Checkpoint, CheckpointError, find_checkpoint,
+from diffusion_model.checkpoint import (CheckpointError, find_checkpoint,
                                         list_checkpoints, load_checkpoint, load_weights,
                                         prune_checkpoints, save_checkpoint, wait_for_checkpoints)
 from diffusion_model.config import config_diff, load_config
@@ -796,7 +796,8 @@ def test_an_older_step_of_the_same_number_outlives_the_save(run, held):
 
 
 def test_each_file_is_read_once_to_verify_and_only_what_is_asked_for_again(run, monkeypatch):
-    path, read = run.save(1), []
+    run.save(1)
+    read = []
     for name in ("_sha256", "load_file"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda p, real=real,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model.config import TrainingConfig, load_config
+from diffusion_model.config import TrainingConfig
 from diffusion_model.optimizer import (LR_SCHEDULES, OPTIMIZERS, create_optimizer, learning_rate,
                                        parameter_groups, restore_optimizer, set_learning_rate)
 
