@@ -547,6 +547,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'diffusion_model.generation._described': ( 'generation.html#_described',
                                                                                        'diffusion_model/generation.py'),
                                             'diffusion_model.generation._draw': ('generation.html#_draw', 'diffusion_model/generation.py'),
+                                            'diffusion_model.generation._rows': ('generation.html#_rows', 'diffusion_model/generation.py'),
                                             'diffusion_model.generation._smaller': ( 'generation.html#_smaller',
                                                                                      'diffusion_model/generation.py'),
                                             'diffusion_model.generation.generate': ( 'generation.html#generate',

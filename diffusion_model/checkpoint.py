@@ -243,7 +243,8 @@ def _write_trainer(trainer: dict, path: Path) -> None:
         with open(path, "wb") as file, serialization.patch("save.compute_crc32", False):
             torch.save(_plain(trainer, "trainer"), file)
     except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        full = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise full from None
 
 
 def _parts(weights: dict, trainer: dict | None, config: Config) -> dict:

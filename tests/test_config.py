@@ -111,6 +111,9 @@ def test_the_last_override_wins():
     (["--guidance_interval", "[2]"], "guidance_interval: found"),
     (["--schedule", "flow", "--prediction", "v", "--spacing", "leading"], "choose 'trailing'"),
     (["--timesteps", "20", "--steps", "10"], "at least 21"),
+    (["--schedule", "scaled_linear", "--timesteps", "12", "--steps", "10"], "choose at least 21"),
+    (["--schedule", "scaled_linear", "--beta_start", "0.03"], "above beta_end 0.02: swap them"),
+    (["--sigma_min", "80"], "must be below sigma_max = 80.0"),
     (["--beta_start", "0.03"], "above beta_end 0.02: swap them"),
     (["--accumulation", "129"], "at most training.batch_size = 128"),
     (["--guidance_scale", "2", "--num_classes", "10", "--label_dropout", "0"],
@@ -120,10 +123,19 @@ def test_the_last_override_wins():
     (["--eta", "0.5", "--solver", "euler"], "only 'ddim' has it"),
     (["--num_classes", "7"], "CIFAR10 has 10 classes"),
     (["--guidance_scale", "2"], "model.num_classes > 0"),
+    (["--guidance_scale", "0"], "model.num_classes > 0"),
     (["--dataset", "shapes", "--train_size", "5"], "training.batch_size"),
 ])
 def test_refused(words, says):
     assert any(says in line for line in lines("default", words)), lines("default", words)
+
+
+@pytest.mark.parametrize("words", [
+    {"schedule": "cosine", "timesteps": 30, "steps": 30}, {"batch_size": 8, "accumulation": 8},
+    {"dataset": "shapes", "train_size": 128}, {"train_size": 5},  # CIFAR10's size is its own
+    {"guidance_interval": [0, 1]}, {"timesteps": 21, "steps": 10}, {"num_classes": 10},
+    {"beta_start": 0.02}, {"dataset": "folder", "num_classes": 7}, {"eta": 1, "solver": "ddim"}])
+def test_the_edges_of_what_is_allowed(words): load_config("default", words)
 
 
 def test_errors_come_together(write):

@@ -52,8 +52,8 @@ def test_what_is_frozen_is_left_alone():
     assert all(p.grad is not None for g in optimizer.param_groups for p in g["params"])
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters())]
-    assert moved == [p.requires_grad
-                     for p in network.parameters()] == [False, False, True, True, True, False]
+    assert moved == [p.requires_grad for p in network.parameters()] == [False, False, True, True,
+                                                                        True, False]
 
 
 @pytest.mark.mended(3)

@@ -112,8 +112,8 @@ def pair(tmp_path_factory):
     "What two processes have found."
     folder = tmp_path_factory.mktemp("pair")
     done = subprocess.run([sys.executable, "-c", PAIR, str(folder)], text=True, capture_output=True,
-                          timeout=90, env=os.environ | {"OMP_NUM_THREADS": "1",
-                                                        "PYTHONPATH": str(ROOT)})
+                          timeout=90,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return [json.loads((folder/str(rank)).read_text()) for rank in (0, 1)]
 
@@ -123,7 +123,7 @@ def test_sums_and_maxima_of_two_processes_differ(pair):
     assert pair[0] == pair[1]
     assert pair[0]["reduce"] == [[7, 1], [-1, 10]]
     assert pair[0]["sum"] == [7, 20] and pair[0]["max"] == [4, 0]
-    assert pair[0]["nan"] != pair[0]["nan"] or str(pair[0]["nan"]) == "[nan]"
+    assert str(pair[0]["nan"]) == "[nan]"
     assert pair[0]["gather"] == [0, 1, 1]
 
 
@@ -132,8 +132,8 @@ def test_sums_and_maxima_of_two_processes_differ(pair):
 WATCHED = """
 import sys, warnings
 from pathlib import Path
-from diffusion_model.tracking import (
-    ProgressBar, ProgressLines, Tracker, Trackers, record_start, run_lock)
+from diffusion_model.tracking import (ProgressBar, ProgressLines, Tracker, Trackers, record_start,
+                                      run_lock)
 
 def complain(message, *_): print("warning:", message, file=sys.stderr)      # as the commands do
 warnings.showwarning = complain
@@ -162,7 +162,7 @@ print("finished")
 @pytest.mark.parametrize("console", ["bar", "lines", "none"])
 @pytest.mark.parametrize("broken", ["pipe", "full"])
 def test_a_broken_standard_error_does_not_end_a_run(tmp_path, console, broken):
-    "Neither the bar, nor a warning, nor a last flush: exit code 0, and every step made."
+    "Neither the bar, nor a warning, nor what Python flushes at the end: exit code 0, all steps."
     if broken == "pipe": read, write = os.pipe()
     else: write = os.open("/dev/full", os.O_WRONLY)
     process = subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path/"run"), console],
@@ -231,8 +231,8 @@ def test_a_status_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch):
 
 @pytest.mark.mended(17)
 def test_the_reason_of_a_failure_survives_a_status_that_cannot_be_written(tmp_path, monkeypatch):
-    warned = pytest.warns(UserWarning, match="status.json")
-    with pytest.raises(FloatingPointError, match="NaN"), warned:
+    with pytest.raises(FloatingPointError, match="NaN"), pytest.warns(UserWarning,
+                                                                      match="status.json"):
         with run_lock(tmp_path, 10):
             monkeypatch.setattr(tracking.os, "replace", full)
             raise FloatingPointError("NaN")
@@ -297,7 +297,7 @@ run.save(1, wait=False)
 @pytest.mark.mended(17)
 @pytest.mark.parametrize("best", [False, True])
 def test_a_checkpoint_that_is_pruned_while_it_is_checked(run, monkeypatch, best):
-    "Its run goes on, saves the next and deletes this one: the reader gets the next, unwarned."
+    "Its run goes on, saves the next and deletes this one: the reader gets that one, unwarned."
     run.save(1, score=0.5)
     real, calls = checkpoint._check_file, []
     def check(path, *rest):
@@ -357,7 +357,7 @@ def test_reading_from_a_run_that_saves_as_fast_as_it_can(tmp_path):
     process.stdout.readline()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        parts = "model", "ema", "trainer", "config"
+        parts = ("model", "ema", "trainer", "config")
         steps = [load_checkpoint(tmp_path/"never"/"run", read=parts).step for _ in range(40)]
     process.kill()
     process.wait()
@@ -377,8 +377,8 @@ def test_a_newest_checkpoint_that_may_not_be_read(run, monkeypatch, name):
         return guarded
     monkeypatch.setattr(checkpoint, "_unseal", forbid(checkpoint._unseal))
     monkeypatch.setattr(checkpoint, "_check_file", forbid(checkpoint._check_file))
-    says = f"{name} cannot be read: Permission denied; falling back to step_00000001"
-    with pytest.warns(UserWarning, match=says):
+    said = f"{name} cannot be read: Permission denied; falling back to step_00000001"
+    with pytest.warns(UserWarning, match=said):
         assert load_checkpoint(run.root).step == 1
     with pytest.raises(CheckpointError, match=f"{name} cannot be read: Permission denied"):
         load_checkpoint(locked.parent)
@@ -408,8 +408,8 @@ def test_a_forged_file_is_refused_without_advice_to_trust_it(run):
     files["trainer.pt"] = {"bytes": (path/"trainer.pt").stat().st_size,
                            "sha256": checkpoint._sha256(path/"trainer.pt")}
     reseal(path, files=files)
-    says = "trainer.pt is refused.*asks for posix.mkdir.*another checkpoint"
-    with pytest.raises(CheckpointError, match=says) as caught:
+    said = "trainer.pt is refused.*asks for posix.mkdir.*another checkpoint"
+    with pytest.raises(CheckpointError, match=said) as caught:
         load_checkpoint(path).trainer
     text = str(caught.value)
     for advice in ("weights_only", "add_safe_globals", "trust", "arbitrary code"):
@@ -421,8 +421,8 @@ def test_a_forged_file_is_refused_without_advice_to_trust_it(run):
 @pytest.mark.parametrize("environment, says", [
     ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: found 'abc' in the environment"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found '0'"),
-    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE: found '-2'"), ({"WORLD_SIZE": ""}, "WORLD_SIZE: found ''"),
-    ({"RANK": "abc"}, "RANK: found 'abc'"),
+    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE: found '-2'"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE: found ''"), ({"RANK": "abc"}, "RANK: found 'abc'"),
     ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"},
      "RANK: found '2'.*whole number from 0 to 1"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2.*but LOCAL_RANK not set"),
@@ -454,15 +454,15 @@ def test_what_differs_is_named_leaf_by_leaf_and_long_values_by_their_hash():
     with pytest.raises(ValueError) as caught: Several(_leaves(two), _leaves(one)).agree(**one)
     lines = str(caught.value).splitlines()[1:]
     assert lines[0] == "config.training.seed: 1 in process 0, 2; 2 in process 1"
-    assert lines[1].startswith('names: ["xxx') and lines[1].count("… (hash ") == 2
-    assert len(lines[1]) < 200
+    assert lines[1].startswith('names: ["xxx') and len(lines[1]) < 200
+    assert lines[1].count("… (hash ") == 2
     assert lines[2] == "more: nothing in process 0, 2; null in process 1" and len(lines) == 3
     Several(_leaves(one)).agree(**one)
 
 
 @pytest.mark.mended(21)
-@pytest.mark.parametrize("message", ["run directory 'outputs/gloo/run' is in use",
-                                     "gloo is not what failed"])
+@pytest.mark.parametrize("message",
+                         ["run directory 'outputs/gloo/run' is in use", "gloo is not what failed"])
 def test_an_error_of_ones_own_is_not_taken_for_a_lost_process(message):
     with pytest.raises(RuntimeError, match=message), report_lost_process(Several({})):
         raise RuntimeError(message)
@@ -470,10 +470,8 @@ def test_an_error_of_ones_own_is_not_taken_for_a_lost_process(message):
 
 @pytest.mark.mended(21)
 @pytest.mark.parametrize("error", [
-    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by "
-                 "peer [127.0.0.1]:4242"),
-    RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting "
-                 "1800000ms for recv"),
+    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed"),
+    RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting"),
     torch.distributed.DistBackendError("NCCL error")])
 def test_a_broken_connection_is_put_into_words(error):
     with pytest.raises(ConnectionError, match="process 0 of 2 stops, because another one did"):
@@ -499,8 +497,8 @@ def test_several_numbers_are_fetched_from_the_device_at_once(no_launcher):
     waits = []
     for name in ("item", "tolist", "__float__"):
         real = getattr(torch.Tensor, name)
-        no_launcher.setattr(torch.Tensor, name,
-                            lambda t, real=real, name=name: (waits.append(name), real(t))[1])
+        def waiting(tensor, real=real, name=name): return (waits.append(name), real(tensor))[1]
+        no_launcher.setattr(torch.Tensor, name, waiting)
     assert World("cpu").reduce([torch.tensor(2.), torch.tensor([3.])],
                                [torch.tensor(4), 5]) == ([2, 3], [4, 5])
     assert len(waits) == 1
