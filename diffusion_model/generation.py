@@ -41,7 +41,8 @@ def load_network(
     bad = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise CheckpointError(
         f"{checkpoint.path}: weights that are not finite (NaN or infinite) in "
-        f"{', '.join(bad[:3])}: nothing can be drawn with them; choose an earlier checkpoint, or other weights (ema)")
+        f"{', '.join(bad[:3])}: nothing can be drawn with them; choose an earlier checkpoint, or "
+        "other weights (ema)")
     return network.to(device).eval(), cfg
 
 
