@@ -77,7 +77,6 @@ def _guarded(
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
-    if rank and isinstance(problem, ConfigError): return code  # the main process says the same
     if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
     for line in str(problem).splitlines(): complain("error", line)
     return code
