@@ -109,7 +109,6 @@ def slerp(
             + expand((fraction*angle).sin()/angle.sin(), b)*b)
 
 # %% ../nbs/06_editing.ipynb #260b5220
-@torch.no_grad()
 def interpolate(
     denoiser: DenoiserLike,
     a: Tensor, b: Tensor,  # (B, ...) two batches of clean images
