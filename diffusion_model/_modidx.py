@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'diffusion_model.cli._is_inside': ('cli.html#_is_inside', 'diffusion_model/cli.py'),
                                      'diffusion_model.cli._label': ('cli.html#_label', 'diffusion_model/cli.py'),
                                      'diffusion_model.cli._make_folders': ('cli.html#_make_folders', 'diffusion_model/cli.py'),
+                                     'diffusion_model.cli._network_of': ('cli.html#_network_of', 'diffusion_model/cli.py'),
                                      'diffusion_model.cli._new_folder': ('cli.html#_new_folder', 'diffusion_model/cli.py'),
                                      'diffusion_model.cli._own_config': ('cli.html#_own_config', 'diffusion_model/cli.py'),
                                      'diffusion_model.cli._rank': ('cli.html#_rank', 'diffusion_model/cli.py'),

@@ -532,8 +532,9 @@ def _read_config(path: Path, version: str) -> tuple[Config, list[str]]:
     except OSError as error: raise _unreadable(path.parent, error, path) from None
     except ConfigError as error:
         if not path.parent.is_dir(): raise _unreadable(path.parent, FileNotFoundError()) from None
-        raise CheckpointError(f"{path} was written by version {version} and does not suit this "
-                              f"one, {_VERSION}:\n{error}") from None
+        other = f" of version {version}, which this one, {_VERSION}, reads otherwise"
+        raise CheckpointError(f"{path}{other*(version != _VERSION)} cannot be used:\n{error}"
+                              ) from None
 
 
 def _read_trainer(path: Path, device) -> dict:

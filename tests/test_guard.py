@@ -260,7 +260,11 @@ def test_the_map_has_every_notebook():
     text = (ROOT/"nbs"/"index.ipynb").read_text()
     rows = [re.findall(r"\]\(([\w/]+\.ipynb)\)", row) for row in re.findall(r"\| \[.*? \|", text)]
     mapped = [name for row in rows for name in row]
-    assert sorted(mapped) == sorted(n for n in names if n != "index.ipynb")
+    wanted = {n for n in names if n != "index.ipynb"}
+    lacks, strange = sorted(wanted - set(mapped)), sorted(set(mapped) - wanted)
+    assert not lacks, f"nbs/index.ipynb: the map lacks a line for {lacks}"
+    assert not strange, f"nbs/index.ipynb: the map has lines for {strange}, which are not there"
+    assert len(mapped) == len(set(mapped))
     numbered = [name for name in mapped if name[0].isdigit()]
     assert numbered == sorted(numbered)
 
