@@ -379,8 +379,9 @@ def _checkpoint_path(given: str) -> Path:
     if not given.strip() or not path.exists(): raise FileNotFoundError(
         f"--checkpoint: no such checkpoint or run: '{given}'; name a run directory, for example "
         "outputs/quickstart")
+    kind = "optimizer state, not weights" if path.name == "trainer.pt" else "a file"
     if path.is_file(): raise ConfigError([
-        f"--checkpoint: '{path}' is a file; name the folder it is in: --checkpoint {path.parent}"])
+        f"--checkpoint: {path} is {kind}: pass the checkpoint's folder, {path.parent}"])
     return path.parent if path.name == "checkpoints" else path
 
 # %% ../nbs/43_cli.ipynb #d84a85e3

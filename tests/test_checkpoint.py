@@ -846,7 +846,8 @@ def test_a_run_of_0_1_0_opens_and_says_what_is_new(tmp_path):
 
 
 def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
-    from diffusion_model.training import Callback, Trainer
+    from diffusion_model.callbacks import Callback
+    from diffusion_model.training import Trainer
     losses = []
     class Note(Callback):
         def after_step(self, trainer, metrics): losses.append(metrics["loss"])
@@ -859,11 +860,11 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
 
 
 def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
-    from diffusion_model import training
+    from diffusion_model import callbacks, training
     old = load_checkpoint(OLD)
     old.trainer["window"] = [0.9, 0.7]  # of steps 2 and 3: a line of metrics is due every 10
     monkeypatch.setattr(training, "load_checkpoint", lambda *_, **__: old)
-    log = training.Log(10)
+    log = callbacks.Log(10)
     training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}),
                      callbacks=[log]).resume(OLD)
     assert log.state == {"losses": [0.9, 0.7], "skipped": 0}

@@ -143,12 +143,6 @@ def test_without_its_library_lion_says_what_to_do_and_the_others_work(monkeypatc
         if name != "lion": create_optimizer(training(optimizer=name), nn.Linear(1, 1))
 
 
-def test_the_config_and_the_tables_name_the_same():
-    def names(field): return list(TrainingConfig.model_fields[field].annotation.__args__)
-    assert sorted(names("optimizer")) == sorted(OPTIMIZERS)
-    assert sorted(names("lr_schedule")) == sorted(LR_SCHEDULES)
-
-
 def test_unknown_names_are_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match="'lars'; allowed: adamw, adam, sgd, lion"):
         create_optimizer(training().model_copy(update={"optimizer": "lars"}), nn.Linear(1, 1))
