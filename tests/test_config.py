@@ -205,6 +205,7 @@ def test_help_names_every_field():
         for name, field in cls.model_fields.items():
             assert f"  --{section}.{name}  [" in text and f"      {field.description}; " in text
     assert "--training.learning_rate  [0.0002]\n      peak; a number > 0\n" in text
+    assert "--sampling.eta" in (only := config_help(only="sampling")) and "--data." not in only
 
 
 # -- short names
