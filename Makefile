@@ -37,10 +37,10 @@ notebooks: $(READY)  ## Run every notebook as a test
 	   if [ $$code = 0 ]; then echo "passed {}"; else echo "FAILED {}"; cat {}.log; fi; rm -f {}.log; exit $$code'
 
 pytest: $(READY)  ## Run the tests and the guard (exports equal notebooks, clean, within size)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ...); print both tables
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fault or mended"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "fault or mended"
 
 mutants: $(READY)  ## Plant small mistakes, one at a time: do the notebooks and tests notice? (hours)
 	$(BIN)/python tests/mutants.py --jobs $(JOBS) $(ARGS)

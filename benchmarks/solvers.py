@@ -1,12 +1,15 @@
-"""How far from the truth is each solver after 5, 10, 20 and 50 calls of the denoiser, and what does a step cost?
+"""How far from the truth is each solver after 5, 10, 20 and 50 function evaluations, and what does
+a step cost?
 
-The denoiser is exact: a mixture of 8 Gaussians in 64 dimensions, so that every error is the solver's own. 4,096 samples;
-the error is the Fréchet distance of their mean and covariance to the exact ones. Ours and diffusers' schedulers start from
-the same noise, take the same levels and draw the same fresh noise. Where diffusers stands at levels between its whole times it
-gives the network the nearest whole one; a further row shows what it reaches where the network is given the level itself, which is
-then the same solver on the same grid. Then, over all settings that diffusers' samplers have (some need scipy), the best at 10
-calls is sought, and our default (which nobody set) is held against it. Last, what a step on a 1×4 tensor costs, on one thread,
-ours and theirs in turn. Ten minutes on two cores, most of it the search.
+The denoiser is exact: a mixture of 8 Gaussians in 64 dimensions, so that every error is the
+solver's own. 4,096 samples; the error is the Fréchet distance of their mean and covariance to the
+exact ones. Ours and diffusers' schedulers start from the same noise, take the same levels and draw
+the same fresh noise. Where diffusers stands at levels between its whole times it gives the network
+the nearest whole one; a further row shows what it reaches where the network is given the level
+itself, which is then the same solver on the same grid. Then, over all settings that diffusers'
+samplers have (some need scipy), the best at 10 evaluations is sought, and our default (which nobody
+set) is held against it. Last, what a step on a 1×4 tensor costs, on one thread, ours and theirs in
+turn. Ten minutes on two cores, most of it the search.
 
     python benchmarks/solvers.py [errors] [search] [speed]        default: all three
 """
@@ -19,6 +22,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from unittest import mock
 
 import diffusers
@@ -26,8 +30,8 @@ import torch
 
 from diffusion_model.denoiser import Denoiser, Pred
 from diffusion_model.oracle import GaussianMixture
-from diffusion_model.sampler import (Step, ddim_step, ddpm_step, dpmpp_2m_step, euler_step, heun_step, sample,
-                                     solve)
+from diffusion_model.sampler import (Step, ddim_step, ddpm_step, dpmpp_2m_step, euler_step,
+                                     heun_step, sample, solve)
 from diffusion_model.scheduler import FlowSchedule, VESchedule, VPSchedule, linear_betas
 
 N, D, CALLS, STD = 4096, 64, (5, 10, 20, 50), 0.22
@@ -45,7 +49,7 @@ def calls_of(scheduler, steps):
 
 
 def steps_for(make, calls):
-    "The most steps that cost no more than so many calls: for some solvers a step is two, or the first ones are more."
+    "The most steps that cost no more than so many calls: for some solvers a step is two, or more."
     return next((n for n in range(calls, 0, -1) if calls_of(make(), n) <= calls), None)
 
 
@@ -55,12 +59,13 @@ def error(x):
     exact = spread.T @ spread/8 + STD**2*torch.eye(D, dtype=torch.float64)
     found, root = torch.cov(x.T), torch.linalg.cholesky(exact)
     cross = torch.linalg.eigvalsh(root.T @ found @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - MEANS.mean(0)).square().sum() + exact.trace() + found.trace() - 2*cross)
+    apart = (x.mean(0) - MEANS.mean(0)).square().sum()
+    return float(apart + exact.trace() + found.trace() - 2*cross)
 
 
 def theirs(scheduler, family, steps, exact=False):
-    """Sample with one of diffusers' schedulers: x and the number of calls that it took. `exact`: the network is given the level
-    that x is at, not a whole time near it."""
+    """Sample with one of diffusers' schedulers: x and the number of calls that it took. `exact`:
+    the network is given the level that x is at, not a whole time near it."""
     module, denoise, at = importlib.import_module(type(scheduler).__module__), oracle(family), [0]
     our_noise = mock.patch.object(module, "randn_tensor", lambda *a, **k: fresh(at[0])) \
         if hasattr(module, "randn_tensor") else contextlib.nullcontext()
@@ -157,62 +162,75 @@ def errors():
         print(f"\n{title:<66}" + "".join(f"{c:>9}" for c in CALLS))
         shipped, same = 0., 0.
         for solver, name, settings in pairs:
-            shown = ", ".join([str(v) for k, v in settings.items() if k not in ("clip_sample", "prediction_type")
-                              and (v is not True or "sigmas" not in k)] + [k for k, v in settings.items() if v is True])
-            between = any(v is True for v in settings.values())  # levels of its own: between whole times
+            own = [k for k, v in settings.items() if v is True]  # levels of its own, between times
+            shown = ", ".join([str(v) for k, v in settings.items()
+                               if k not in ("clip_sample", "prediction_type")
+                               and (v is not True or "sigmas" not in k)] + own)
             a, b, c = [], [], []
             for calls in CALLS:
-                steps = steps_for(lambda: make(name, family, settings), calls)
+                steps = steps_for(partial(make, name, family, settings), calls)
                 scheduler = make(name, family, settings)
                 x, used = theirs(scheduler, family, steps)
                 assert used <= calls
-                a.append(error(x)), b.append(error(ours(family, solver, levels_of(scheduler, family))))
-                if between: c.append(error(theirs(make(name, family, settings), family, steps, exact=True)[0]))
+                a.append(error(x))
+                b.append(error(ours(family, solver, levels_of(scheduler, family))))
+                if not own: continue
+                x, _ = theirs(make(name, family, settings), family, steps, exact=True)
+                c.append(error(x))
             row(f"diffusers {name}{f' ({shown})' if shown else ''}", a)
-            if between: row("          the same, the network given the level itself", c)
+            if own: row("          the same, the network given the level itself", c)
             row(f"ours      {solver}, the same levels", b)
             row("          ours over theirs", [y/x for x, y in zip(c or a, b)])
-            if (solver, name) == ("heun", "HeunDiscrete"): continue  # the same name, another solver: `edm` is the same
+            if (solver, name) == ("heun", "HeunDiscrete"): continue  # only by name: theirs is `edm`
             shipped = max(shipped, *(y/x for x, y in zip(a, b)))
             same = max(same, *(y/x for x, y in zip(c or a, b)))
-        print(f"ours over theirs, the same solver and levels, at worst: {same:.4f} (as shipped: {shipped:.4f})")
-        row("ours, default (unipc, logistic)", [error(sample(oracle(family), (N, D), n, noise=START*math.hypot(
-            *family.levels(torch.tensor([family.noisy]))[0]))) for n in CALLS])
+        print(f"ours over theirs, the same solver and levels, at worst: {same:.4f} "
+              f"(as shipped: {shipped:.4f})")
+        size = math.hypot(*family.levels(torch.tensor([family.noisy]))[0])
+        row("ours, default (unipc, logistic)",
+            [error(sample(oracle(family), (N, D), n, noise=START*size)) for n in CALLS])
         row("the exact solution from the same noise (1,000 calls)", [error(ours(
             family, "dpmpp_2m", family.grid(1000, "logistic")))])
 
 
-SEARCHED = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver", "EulerDiscrete",
-            "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete", "DDIM",
-            "DDPM", "PNDM")
+SEARCHED = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
+            "SASolver", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+            "KDPM2AncestralDiscrete", "LMSDiscrete", "DDIM", "DDPM", "PNDM")
 
 
 def settings_of(name):
     "All that can be chosen of a sampler in diffusers and could matter here."
-    known = inspect.signature(getattr(diffusers, name + "Scheduler").__init__.__wrapped__).parameters
-    kinds = {"solver_order": [1, 2, 3], "predictor_order": [1, 2, 3], "corrector_order": [0, 1, 2, 3],
-             "timestep_spacing": ["linspace", "leading", "trailing"], "final_sigmas_type": ["zero", "sigma_min"],
-             "lower_order_final": [True, False], "euler_at_final": [False, True], "steps_offset": [0, 1],
-             "set_alpha_to_one": [True, False], "skip_prk_steps": [True, False], "predict_x0": [True, False],
-             "disable_corrector": [[], [0], list(range(20))], "clip_sample": [False],
-             "interpolation_type": ["linear", "log_linear"], "timestep_type": ["discrete", "continuous"],
+    scheduler = getattr(diffusers, name + "Scheduler")
+    known = inspect.signature(scheduler.__init__.__wrapped__).parameters
+    dpm = ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]
+    algorithms = {"DEISMultistep": ["deis"], "SASolver": ["data_prediction", "noise_prediction"]}
+    kinds = {"solver_order": [1, 2, 3], "predictor_order": [1, 2, 3],
+             "corrector_order": [0, 1, 2, 3],
+             "timestep_spacing": ["linspace", "leading", "trailing"],
+             "final_sigmas_type": ["zero", "sigma_min"], "lower_order_final": [True, False],
+             "euler_at_final": [False, True], "steps_offset": [0, 1],
+             "set_alpha_to_one": [True, False], "skip_prk_steps": [True, False],
+             "predict_x0": [True, False], "disable_corrector": [[], [0], list(range(20))],
+             "clip_sample": [False], "interpolation_type": ["linear", "log_linear"],
+             "timestep_type": ["discrete", "continuous"],
              "variance_type": ["fixed_small", "fixed_large"] if name == "DDPM" else [None],
-             "algorithm_type": {"DEISMultistep": ["deis"], "SASolver": ["data_prediction", "noise_prediction"],
-                                "DPMSolverSinglestep": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]}.get(
-                 name, ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]),
+             "algorithm_type": algorithms.get(name, dpm),
              "solver_type": ["midpoint", "heun"] if "DPM" in name else
              ["bh1", "bh2"] if "UniPC" in name else ["logrho"]}
-    sigmas = [{}, *({k: True} for k in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-                                        "use_lu_lambdas") if k in known)]
+    grids = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"
+    sigmas = [{}, *({k: True} for k in grids if k in known)]
     choices = [[(k, v) for v in vs] for k, vs in kinds.items() if k in known]
-    for sigma, chosen in itertools.product(sigmas, itertools.product(*choices)): yield {**dict(chosen), **sigma}
+    for sigma, chosen in itertools.product(sigmas, itertools.product(*choices)):
+        yield {**dict(chosen), **sigma}
 
 
 def key_of(name, settings, scheduler):
-    "What is left of the settings once they have chosen the grid: two with the same key sample the same."
+    "What is left of the settings once they have chosen the grid: the same key, the same samples."
     grid = ("timestep_spacing", "steps_offset", "interpolation_type", "timestep_type")
-    rest = [(k, str(v)) for k, v in settings.items() if k not in grid and (v is not True or "sigmas" not in k)]
-    return name, *rest, *scheduler.timesteps.tolist(), *torch.as_tensor(getattr(scheduler, "sigmas", [])).tolist()
+    rest = [(k, str(v)) for k, v in settings.items()
+            if k not in grid and (v is not True or "sigmas" not in k)]
+    sigmas = torch.as_tensor(getattr(scheduler, "sigmas", [])).tolist()
+    return name, *rest, *scheduler.timesteps.tolist(), *sigmas
 
 
 def search(calls=10):
@@ -221,7 +239,7 @@ def search(calls=10):
     for name in SEARCHED:
         for settings in settings_of(name):
             try:
-                steps = steps_for(lambda: make(name, VP, settings), calls)
+                steps = steps_for(partial(make, name, VP, settings), calls)
                 if steps is None: continue
                 scheduler = make(name, VP, settings)
                 scheduler.set_timesteps(steps)
@@ -246,14 +264,16 @@ def search(calls=10):
     for text in sorted(missing): print(f"not searched: {text}")
     own = error(sample(oracle(VP), (N, D), calls, noise=START))
     other = error(theirs(make(DPM, VP, {}), VP, 2*calls)[0])
-    print(f"{error(ours(VP, 'dpmpp_2m', VP.grid(1000))):.4f}  the exact solution from the same noise: the samples' own noise")
+    exact = error(ours(VP, "dpmpp_2m", VP.grid(1000)))
+    print(f"{exact:.4f}  the exact solution from the same noise: the samples' own noise")
     print(f"{own:.4f}  ours, default: {own/found[0][0]:.2f} × the best, "
           f"{own/other:.2f} × diffusers' default DPMSolverMultistep at {2*calls} ({other:.4f})")
 
 
 def speed(steps=50, rounds=41):
-    """A step: from the network's ε to the next x, conversions included. `heun` evaluates twice. A loop: all of `solve` around a
-    network that answers at once, against `scale_model_input` and `step` (which they need), for a step of the grid."""
+    """A step: from the network's ε to the next x, conversions included; `heun` evaluates twice. A
+    loop: all of `solve` around a network that answers at once, against `scale_model_input` and
+    `step` (which they need), for a step of the grid."""
     torch.set_num_threads(1)
     eps, start, grid = torch.randn(1, 4), torch.randn(1, 4), VP.grid(steps, "trailing")
     levels, denoiser = VP.levels(grid), Denoiser(lambda x, t, cond: eps, VP, "eps")
@@ -268,7 +288,7 @@ def speed(steps=50, rounds=41):
             if solver == "ddpm": x = ddpm_step(x, pred, here, there, draw())
             elif solver == "ddim": x = ddim_step(x, pred, here, there)
             elif solver == "euler": x = euler_step(x, pred, here, there)
-            elif solver == "heun": x = heun_step(x, pred, here, there, lambda x: read(x, there))
+            elif solver == "heun": x = heun_step(x, pred, here, there, partial(read, here=there))
             else:
                 last, x = Step(x, pred, here, there), dpmpp_2m_step(x, pred, here, there, last)
 
@@ -292,12 +312,13 @@ def speed(steps=50, rounds=41):
 
     print(f"\n{'µs for a step of the grid, 1×4 tensor':<40}{'ours':>8}{'theirs':>8}{'ratio':>7}"
           f"{'our loop':>11}{'theirs':>8}{'ratio':>7}")
-    for solver, name in (("ddpm", "DDPM"), ("ddim", "DDIM"), ("dpmpp_2m", DPM), ("euler", "EulerDiscrete"),
-                         ("heun", "HeunDiscrete")):
+    for solver, name in (("ddpm", "DDPM"), ("ddim", "DDIM"), ("dpmpp_2m", DPM),
+                         ("euler", "EulerDiscrete"), ("heun", "HeunDiscrete")):
         runs = [(timed(step, solver), their(name, False), timed(loop, solver), their(name, True))
                 for _ in range(rounds)]
         a, b, c, d = (statistics.median(r)/steps*1e6 for r in zip(*runs))
-        print(f"{solver + ' / ' + name:<40}{a:>8.1f}{b:>8.1f}{a/b:>7.2f}{c:>11.1f}{d:>8.1f}{c/d:>7.2f}", flush=True)
+        print(f"{solver + ' / ' + name:<40}{a:>8.1f}{b:>8.1f}{a/b:>7.2f}"
+              f"{c:>11.1f}{d:>8.1f}{c/d:>7.2f}", flush=True)
 
 
 if __name__ == "__main__":

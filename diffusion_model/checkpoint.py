@@ -243,7 +243,8 @@ def _write_trainer(trainer: dict, path: Path) -> None:
         with open(path, "wb") as file, serialization.patch("save.compute_crc32", False):
             torch.save(_plain(trainer, "trainer"), file)
     except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        full = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise full from None
 
 
 def _parts(weights: dict, trainer: dict | None, config: Config) -> dict:
@@ -531,8 +532,9 @@ def _read_config(path: Path, version: str) -> tuple[Config, list[str]]:
     except OSError as error: raise _unreadable(path.parent, error, path) from None
     except ConfigError as error:
         if not path.parent.is_dir(): raise _unreadable(path.parent, FileNotFoundError()) from None
-        raise CheckpointError(f"{path} was written by version {version} and does not suit this "
-                              f"one, {_VERSION}:\n{error}") from None
+        other = f" of version {version}, which this one, {_VERSION}, reads otherwise"
+        raise CheckpointError(f"{path}{other*(version != _VERSION)} cannot be used:\n{error}"
+                              ) from None
 
 
 def _read_trainer(path: Path, device) -> dict:

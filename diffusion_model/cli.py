@@ -20,11 +20,13 @@ import sys
 import tempfile
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 from .config import (
     REGISTRIES, Config, ConfigError, SamplingConfig, change_config, config_help, list_configs,
     load_config, load_saved_config, parse_overrides)
+from .networks import NETWORKS
 
 # %% ../nbs/43_cli.ipynb #637792e6
 _SPELLED = {"α": "alpha", "β": "beta", "γ": "gamma", "σ": "sigma", "½": "1/2", "×": "x", "…": "..."}
@@ -77,7 +79,6 @@ def _guarded(
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
-    if rank and isinstance(problem, ConfigError): return code  # the main process says the same
     if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
     for line in str(problem).splitlines(): complain("error", line)
     return code
@@ -92,7 +93,9 @@ examples:
   torchrun --nproc_per_node 2 -m diffusion_model.train --config cifar10 --resume"""
 
 
-def train_parser() -> argparse.ArgumentParser:
+def train_parser(
+    network: str = "unet",  # whose fields `--help` shows as those of the section `model`
+) -> argparse.ArgumentParser:
     "The options of `diffusion-train`."
     parser = argparse.ArgumentParser(
         prog="diffusion-train", allow_abbrev=False,
@@ -101,7 +104,8 @@ def train_parser() -> argparse.ArgumentParser:
         epilog="Every field of the config can be given too, as --section.field VALUE or as\n"
                "--field VALUE. Where two sections have a field of one name, the short form means\n"
                "the first of training, data, sampling, diffusion, logging, model.\n"
-               + config_help() + _EXAMPLES)
+               f"Networks are {', '.join(NETWORKS)}: --model.name NAME --help shows its fields.\n"
+               + config_help(network) + _EXAMPLES)
     parser.add_argument(
         "--config", metavar="NAME", help=f"a shipped config ({', '.join(list_configs())}) or "
         "the path of a YAML file; default: default, or the resumed run's own")
@@ -297,9 +301,19 @@ def _conclude(trainer, say) -> int:
     return 0
 
 # %% ../nbs/43_cli.ipynb #2274f886
+def _network_of(argv: list[str]) -> str:
+    "The network that `--model.name` names, where it is known."
+    for word, following in zip(argv, [*argv[1:], ""]):
+        option, equals, text = word.partition("=")
+        name = text if equals else following
+        if option in ("--model.name", "--model-name") and name in NETWORKS: return name
+    return "unet"
+
+
 def train_command(argv: list[str] = None) -> int:
     "The command `diffusion-train`."
-    return _guarded(train, train_parser, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return _guarded(train, partial(train_parser, _network_of(argv)), argv)
 
 # %% ../nbs/43_cli.ipynb #dae45b61
 _LABELS = ("class names or numbers, repeated as needed; none: without label; default: all classes "
@@ -365,8 +379,9 @@ def _checkpoint_path(given: str) -> Path:
     if not given.strip() or not path.exists(): raise FileNotFoundError(
         f"--checkpoint: no such checkpoint or run: '{given}'; name a run directory, for example "
         "outputs/quickstart")
+    kind = "optimizer state, not weights" if path.name == "trainer.pt" else "a file"
     if path.is_file(): raise ConfigError([
-        f"--checkpoint: '{path}' is a file; name the folder it is in: --checkpoint {path.parent}"])
+        f"--checkpoint: {path} is {kind}: pass the checkpoint's folder, {path.parent}"])
     return path.parent if path.name == "checkpoints" else path
 
 # %% ../nbs/43_cli.ipynb #d84a85e3

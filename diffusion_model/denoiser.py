@@ -56,7 +56,7 @@ class DenoiserLike(Protocol):
 
 # %% ../nbs/02_denoiser.ipynb #da5d984d
 def map_cond(
-    f: Callable[..., Tensor],  # of one tensor of each condition
+    f: Callable[..., Tensor],  # of one tensor of each condition (or number, of a network's null)
     *conds: Cond,              # of the same make: all None, all tensors, or dicts of the same keys
 ) -> Cond:
     "A condition of f's results, tensor by tensor; None stays None. Raises ValueError for a mix."

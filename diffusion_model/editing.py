@@ -31,7 +31,6 @@ def image_to_image(
         f"strength: found {strength}; allowed: above 0 (keep all) to 1 (keep nothing)")
     grid = denoiser.schedule.grid(steps, spacing)
     grid = grid[steps - max(1, round(strength*steps)):]
-    image = image.to(options.get("device") or device_of(denoiser, image))
     noise = noise_like(image, seed, options.get("first", 0))("edit")
     x = denoiser.schedule.add_noise(image, noise, grid[0])
     return sample(denoiser, tuple(image.shape), grid=grid, noise=x, seed=seed, **options)
@@ -110,7 +109,6 @@ def slerp(
             + expand((fraction*angle).sin()/angle.sin(), b)*b)
 
 # %% ../nbs/06_editing.ipynb #260b5220
-@torch.no_grad()
 def interpolate(
     denoiser: DenoiserLike,
     a: Tensor, b: Tensor,  # (B, ...) two batches of clean images

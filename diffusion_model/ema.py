@@ -45,7 +45,6 @@ class EMA:
         self.source, self.decay = network, decay
         self.gamma = None if sigma_rel is None else sigma_rel_to_gamma(sigma_rel)
         self.network = deepcopy(network).eval().requires_grad_(False)  # starts as a copy
-        self.network.zero_grad(set_to_none=True)                       # deepcopy takes .grad along
 
     def decay_at(self, step: int) -> float:
         "The decay of one update, `step` of them made before: a short memory at first."

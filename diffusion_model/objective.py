@@ -201,6 +201,6 @@ def create_objective(
     "What a config trains. Raises ValueError for a name that is not registered."
     name = getattr(cfg.training, "objective", "diffusion")
     if name not in OBJECTIVES: raise ValueError(
-        f"training.objective: found {name!r}; known are {', '.join(OBJECTIVES)}; one of your own is "
-        "added by diffusion_model.objective.OBJECTIVES[its name] = its class")
+        f"training.objective: found {name!r}; known are {', '.join(OBJECTIVES)}; one of your own "
+        "is added by diffusion_model.objective.OBJECTIVES[its name] = its class")
     return OBJECTIVES[name](cfg, datasets, network)

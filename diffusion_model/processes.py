@@ -252,7 +252,7 @@ def catch_signals(names=("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")) -> Iterator[
     here = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     for s in (getattr(signal, n) for n in names if here and hasattr(signal, n)):
         if signal.getsignal(s) is signal.SIG_IGN: continue
-        old[s] = signal.signal(s, lambda number, frame: caught.append(number))
+        old[s] = signal.signal(s, lambda number, _: caught.append(number))
     try: yield caught
     finally:
         for s, handler in old.items(): signal.signal(s, handler)

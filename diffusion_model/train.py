@@ -1,4 +1,4 @@
-"`python -m diffusion_model.train`: the command `diffusion-train`, for launchers that start a module."
+"`python -m diffusion_model.train`: `diffusion-train`, for launchers that start a module."
 from diffusion_model.cli import train_command
 
 if __name__ == "__main__": raise SystemExit(train_command())

@@ -9,7 +9,6 @@ __all__ = ['Trainer']
 import contextlib
 import math
 import time
-import warnings
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .processes import (
     World, catch_signals, device_generator, main_first, report_lost_process)
-from .tracking import Trackers, create_trackers, record_start, run_lock
+from .tracking import Trackers, create_trackers, record_start, run_lock, warn_safely
 
 # %% ../nbs/31_training.ipynb #bd5fb406
 class Trainer:
@@ -41,7 +40,7 @@ class Trainer:
         network: nn.Module = None,  # called as (x, time, cond); default: what the config describes
     ):
         self.world = World(cfg.training.device)
-        with main_first(self.world):
+        with report_lost_process(self.world), main_first(self.world):
             self.datasets = create_dataset(cfg.data) if datasets is None else datasets
         self.cfg = cfg = _counted(cfg, len(self.datasets.train))
         t, self.step, self.device = cfg.training, 0, self.world.device
@@ -204,7 +203,7 @@ def _end(self: Trainer):
         try: callback.end(self)
         except Exception as error:
             if callback.order == SAVES: raise
-            with contextlib.suppress(Exception): warnings.warn(
+            warn_safely(
                 f"{type(callback).__name__} failed at the end of the run, which is saved: {error}")
     wait_for_checkpoints()
 

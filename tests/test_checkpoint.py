@@ -143,8 +143,8 @@ def test_further_networks_by_name(run):
     with pytest.raises(CheckpointError, match="decoder.safetensors"): load_checkpoint(path)
 
 
-@pytest.mark.parametrize("names", [["decoder"], ["model", "ema"], ["model", "ema_x"],
-                                   ["model", "a/b"],
+@pytest.mark.parametrize("names",
+                         [["decoder"], ["model", "ema"], ["model", "ema_x"], ["model", "a/b"],
                                    ["model", "../x"], ["model", ""], ["model", "1"]])
 def test_names_of_networks(run, names):
     with pytest.raises(ValueError, match="the main one is 'model'"):
@@ -171,8 +171,8 @@ def test_an_older_version_is_told_to_upgrade_only_where_it_must(run):
 @pytest.mark.parametrize("name", ["model", "ema"])
 def test_weights_into_a_network(run, name):
     run.save(1)
-    network, want = Tiny(run.config), (run.network if name == "model"
-                                       else run.ema.network).state_dict()
+    network, source = Tiny(run.config), run.network if name == "model" else run.ema.network
+    want = source.state_dict()
     load_weights(network, load_checkpoint(run.root).weights(name))
     for k, v in network.state_dict().items(): assert torch.equal(v, want[k])
 
@@ -332,7 +332,7 @@ def test_a_step_saved_again_replaces_the_old_one(run):
 
 @pytest.mark.parametrize("moment", [0, 1])
 def test_killed_while_a_step_is_replaced(run, monkeypatch, moment):
-    "Between two renames only `.old` has the step; after them both do, until all is on the disk."
+    "Between the two renames only `.old` has the step; after them both do, until all is safe."
     run.save(1, classes=["old"])
     real, calls = Path.replace, []
     def replace(self, target):
@@ -373,7 +373,8 @@ def test_the_disk_fills_up_while_writing(run, monkeypatch):
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize("limit", [20_000, 80_000])  # too small for weights, for moments
+@pytest.mark.parametrize("limit",
+                         [20_000, 80_000])       # the weights are too large, the moments are
 def test_a_file_size_limit(tmp_path, limit):
     "A real limit of the operating system, in a process of its own."
     code = f"""
@@ -607,8 +608,8 @@ def test_pruning_keeps_the_best_of_all_that_ever_were(run):
     scores = [0.5, 0.2, 0.3, None, 0.4, 0.25, math.nan, 0.3]
     for step, score in enumerate(scores, 1):
         run.save(step, keep=2, score=score)
-        best = min(s for s in scores[:step] if s == s and s)
-        names = {step, max(step - 1, 1), scores.index(best) + 1}
+        names = {step, max(step - 1, 1),
+                 scores.index(min(s for s in scores[:step] if s == s and s)) + 1}
         assert run.names() == [f"step_{n:08d}" for n in sorted(names)], step
     found = load_checkpoint(run.root, best=True)
     assert (found.step, found.score) == (2, 0.2)
@@ -676,8 +677,9 @@ def test_no_average(run):
     with pytest.raises(CheckpointError, match="has no 'ema'; it has model"): found.weights("ema")
 
 
-@pytest.mark.parametrize("names", [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"],
-                                   ["ema", "ema_"]])
+@pytest.mark.parametrize("names",
+                         [["other"], ["ema_0.9"], ["ema", "ema/../x"], ["ema", "model"],
+                          ["ema", "ema_"]])
 def test_names_of_averages(run, names):
     with pytest.raises(ValueError, match="the main one is 'ema'"):
         run.save(1, ema={n: run.ema for n in names})
@@ -711,8 +713,8 @@ def test_order_of_what_a_power_cut_can_tell_apart(run, monkeypatch):
     path = run.save(2, keep=1)
     files = ["model.safetensors", "ema.safetensors", "trainer.pt", "config.yaml"]
     assert events == [*(("_sync", n) for n in (*files, "manifest.json", path.name, "checkpoints")),
-                      *(("_sha256", n) for n in files), ("_sync", "manifest.tmp"),
-                      ("_sync", path.name),
+                      *(("_sha256", n) for n in files), ("_sync", "manifest.tmp"), ("_sync",
+                                                                                    path.name),
                       ("_remove", "step_00000001")]
 
 
@@ -798,8 +800,8 @@ def test_each_file_is_read_once_to_verify_and_only_what_is_asked_for_again(run, 
     read = []
     for name in ("_sha256", "load_file"):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name,
-                            lambda p, real=real, **kw: (read.append(p.name), real(p, **kw))[1])
+        monkeypatch.setattr(module, name, lambda p, real=real,
+                            **kw: (read.append(p.name), real(p, **kw))[1])
     load_checkpoint(run.root).model
     assert sorted(read) == sorted([*FILES[:-1], "model.safetensors"])
 
@@ -827,15 +829,14 @@ print(peak() - before)
 
 # -- older versions
 
-# Stopped at step 3 of 6, by version 0.1.0.
-OLD = Path(__file__).parent/"fixtures"/"run_0_1_0"
+OLD = Path(__file__).parent/"fixtures"/"run_0_1_0"    # stopped at step 3 of 6, by version 0.1.0
 
 
 def test_a_run_of_0_1_0_opens_and_says_what_is_new(tmp_path):
     found = load_checkpoint(OLD)
     assert (found.step, found.version, found.score, list(found.emas)) == (3, "0.1.0", None, ["ema"])
     sampling = found.config.sampling
-    assert (sampling.solver, sampling.steps) == ("ddim", 5)                    # as it says
+    assert (sampling.solver, sampling.steps) == ("ddim", 5)                 # as it says
     assert "training.accumulation: not known then; 1" in found.notes
     assert not [n for n in found.notes if "sampling.solver" in n]
     assert save_checkpoint(tmp_path, 3, found.model, found.emas, found.trainer["optimizer"],
@@ -854,16 +855,16 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(tmp_path):
     trainer = Trainer(config, callbacks=[Note()])
     assert list(trainer.resume(OLD)) == ["logging.output_dir"] and trainer.step == 3
     trainer.fit()
-    # of 0.1.0, steps 4 to 6
-    assert losses == pytest.approx([0.50210, 0.49105, 0.49486], rel=1e-3)
+    assert losses == pytest.approx([0.50210, 0.49105, 0.49486],
+                                   rel=1e-3)    # of 0.1.0, steps 4 to 6
 
 
 def test_losses_that_0_1_0_had_not_told_yet_are_told(tmp_path, monkeypatch):
-    from diffusion_model import training
+    from diffusion_model import callbacks, training
     old = load_checkpoint(OLD)
     old.trainer["window"] = [0.9, 0.7]  # of steps 2 and 3: a line of metrics is due every 10
     monkeypatch.setattr(training, "load_checkpoint", lambda *_, **__: old)
-    log = training.Log(10)
+    log = callbacks.Log(10)
     training.Trainer(load_config(OLD/"config.yaml", {"output_dir": str(tmp_path)}),
                      callbacks=[log]).resume(OLD)
     assert log.state == {"losses": [0.9, 0.7], "skipped": 0}

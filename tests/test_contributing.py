@@ -28,13 +28,14 @@ def registries():
 def test_example(thing, registries, tmp_path, monkeypatch):
     "It runs, its assertions hold, and it is one entry of the registry that the table names."
     title = f"{'An' if thing[0] in 'aeiou' else 'A'} {thing}"
-    code, = BLOCKS[title]
+    code = "\n\n".join(BLOCKS[title])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     before = set(registries[thing])
     exec(compile(BEGINNING + code, f"CONTRIBUTING.md: {title}", "exec"), {"__name__": "example"})
-    assert len(set(registries[thing]) - before) == 1
+    assert len(set(registries[thing]) - before) == 1, (
+        f"CONTRIBUTING.md: {title}: makes no new entry: has the library one of that name now?")
     assert re.search(r"^assert ", code, re.M), "an example says what it shows"
 
 

@@ -244,11 +244,13 @@ def test_inputs_of_ve_are_scaled(prediction):
     "80 times the noise must not reach the network as 80, nor half the noise as half."
     for sigma in (80., 0.5):
         seen = []
-        denoiser = Denoiser(lambda x, t, cond: seen.append((x, t)) or 0*x, VE, prediction)
+        note = lambda x, t, cond, seen=seen: seen.append((x, t)) or 0*x
+        denoiser = Denoiser(note, VE, prediction)
         denoiser(torch.ones(500, 3), torch.tensor(sigma))
         (shown, time), = seen
         assert torch.allclose(shown, torch.tensor((sigma**2 + 0.25)**-0.5).expand(500, 3))
-        assert abs(time[0] - 1000*math.log(sigma/0.002)/math.log(40_000)) < 1e-2 and len(time) == 500
+        wanted = 1000*math.log(sigma/0.002)/math.log(40_000)
+        assert abs(time[0] - wanted) < 1e-2 and len(time) == 500
 
 
 def test_weighting_refused():

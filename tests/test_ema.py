@@ -206,8 +206,8 @@ def test_the_averages_that_a_config_asks_for():
     assert [(k, e.decay) for k, e in found.items()] == [
         ("ema", 0.5), ("ema_0.9999", 0.9999), ("ema_0.99", 0.99), ("ema_1e-05", 0.00001)]
     found = emas(ema_sigma_rel=0.05, ema_more=[0.1], ema_decay=0.)
-    assert [(k, round(e.gamma, 4))
-            for k, e in found.items()] == [("ema", 16.9722), ("ema_0.1", 6.9372)]
+    assert [(k, round(e.gamma, 4)) for k, e in found.items()] == [("ema", 16.9722),
+                                                                  ("ema_0.1", 6.9372)]
 
 
 @pytest.mark.parametrize("fields, name", [

@@ -26,9 +26,9 @@ def test_config_loads_no_torch(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "create_network", "create_unet", "create_scheduler", "create_denoiser", "create_sampler", "create_dataset",
-    "create_loader", "create_transform", "create_optimizer", "create_trackers", "load_config",
-    "load_network", "load_denoiser", "Trainer", "UNet", "sample"])
+    "create_network", "create_unet", "create_scheduler", "create_denoiser", "create_sampler",
+    "create_dataset", "create_loader", "create_transform", "create_optimizer", "create_trackers",
+    "load_config", "load_network", "load_denoiser", "Trainer", "UNet", "sample"])
 def test_names_at_the_top(name):
     assert callable(getattr(diffusion_model, name)) and name in dir(diffusion_model)
 

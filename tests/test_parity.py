@@ -1,4 +1,4 @@
-"Held against diffusers' schedulers: the same noise, the same beliefs, step by step."
+"Held against diffusers' schedulers: the same noise, the same predictions, step by step."
 import importlib
 
 import pytest
@@ -130,7 +130,7 @@ def test_unipc_differs_in_its_first_correction(monkeypatch):
 @pytest.mark.parametrize("spacing, steps", [("trailing", 10), ("linspace", 10), ("trailing", 40)])
 def test_heun(spacing, steps):
     """HeunDiscrete is EDM's: slopes of x/α, averaged over σ/α; so is our `edm`. (Our `heun`
-    averages those of x/(α+σ) over σ/(α+σ), which is FlowMatchHeun's, below.) It calls twice a
+    averages those of x/(α+σ) over σ/(α+σ), which is FlowMatchHeun's, below.) It evaluates twice a
     step, but once for the last."""
     scheduler = diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
@@ -155,7 +155,7 @@ def test_flow(name, solver):
         x = scheduler.step(pred.eps - pred.x0, t, x).prev_sample
         xs.append(x)
     if name == "Heun":
-        xs = xs[1::2] + xs[-1:]  # a look and a correction for each step; the last is one look
+        xs = xs[1::2] + xs[-1:]  # two evaluations for each step; the last has only one
     got = [s.x for s in solve(oracle, START, scheduler.sigmas.unique().flip(0).double(),
                               solver)][1:]
     same(xs, got)

@@ -170,8 +170,8 @@ def test_weights_of_a_wrapped_network_train_on(run, prefix, ten):
         save_file({prefix + k: v for k, v in load_file(file).items()}, file)
     reseal(newest(run))
     again, plain = resumed(run), resumed(ten)
-    for a, b in zip(again.objective.averaged.state_dict().values(), plain.objective.averaged.state_dict().values(),
-                    strict=True):
+    for a, b in zip(again.objective.averaged.state_dict().values(),
+                    plain.objective.averaged.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(again.ema.network.state_dict().values(),
                     plain.ema.network.state_dict().values(), strict=True):

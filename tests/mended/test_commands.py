@@ -586,10 +586,11 @@ def test_a_rank_that_is_none(tmp_path, rank):
 
 
 @pytest.mark.mended(21)
-def test_the_second_process_says_who_it_is(monkeypatch, command):
+def test_every_process_says_its_reason_and_who_it_is(monkeypatch, command):
+    "A launcher ends the others as soon as one has ended, perhaps before the main one has spoken."
     monkeypatch.setenv("RANK", "1")
     command.train("--config", "quickstart", "--lerning_rate", "1")
-    assert command.code == 2 and command.err == ""  # the main process says the same
+    command.says(2, "diffusion-train (process 1): error: ", "lerning_rate")
     command.sample("--checkpoint", "nowhere")
     command.says(2, "diffusion-sample (process 1): error: ")
 

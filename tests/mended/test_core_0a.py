@@ -197,7 +197,9 @@ def test_the_network_is_shown_unit_size(name, prediction, scaled):
     t = schedule.t_of_log_snr(torch.tensor([4., 1.4, 0., -1.], dtype=torch.float64))
     for sigma_data in (0.5, 2.):
         x0, z = torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(0)).double()
-        def network(x, time, cond): seen.append(x); return x
+        def network(x, time, cond):
+            seen.append(x)
+            return x
         x_t = schedule.add_noise(sigma_data*x0, z, t)
         Denoiser(network, schedule, prediction, sigma_data)(x_t, t)
         if scaled: assert (seen[-1].std(1) - 1).abs().max() < 0.02
