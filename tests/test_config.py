@@ -172,6 +172,22 @@ def test_a_circle_of_bases(write):
     assert "cannot be its own base" in lines(write("base: a.yaml", "b.yaml"))[0]
 
 
+def test_a_circle_is_one_however_its_files_are_named(write, tmp_path):
+    (tmp_path/"there").mkdir()
+    write("base: there/../b.yaml", "a.yaml")
+    found = lines(write("base: ./there/../a.yaml", "b.yaml"))
+    assert len(found) == 1 and "cannot be its own base" in found[0] and len(found[0]) < 1000
+
+
+def test_an_empty_file_is_the_defaults(write):
+    for text in ("", "# nothing yet\n", "~"): assert load_config(write(text)) == Config()
+
+
+def test_shipped_configs_are_in_no_other_folder():
+    for name in ("elsewhere/quickstart", "configs/there/quickstart.yaml", "/quickstart"):
+        assert "neither a file nor a shipped config" in lines(name)[0]
+
+
 def test_no_such_config():
     line, = lines("quikstart")
     for word in ("quikstart", "did you mean quickstart?", "cifar10"): assert word in line
@@ -189,6 +205,7 @@ def test_help_names_every_field():
         for name, field in cls.model_fields.items():
             assert f"  --{section}.{name}  [" in text and f"      {field.description}; " in text
     assert "--training.learning_rate  [0.0002]\n      peak; a number > 0\n" in text
+    assert "--sampling.eta" in (only := config_help(only="sampling")) and "--data." not in only
 
 
 # -- short names
@@ -399,6 +416,12 @@ def test_a_network_of_ones_own(toy, write, tmp_path):
     assert load_config("default", {"model.name": "unet", "dropout": 0.3}).model.base_channels == 128
     assert "--model.width  [4]\n      how wide; a whole number >= 1" in config_help("toy")
     assert "--model.base_channels" not in config_help("toy")
+
+
+def test_a_saved_toy_gets_its_own_new_fields(toy, write):
+    saved = old() | {"model": {"name": "toy", "width": 8}}
+    cfg, notes = load_saved_config(write(yaml.safe_dump(saved)))
+    assert cfg.model == ToyConfig(width=8) and notes == ["model.dropout: not known then; 0.5"]
 
 
 def test_a_base_with_another_network_keeps_the_classes(monkeypatch, write):
