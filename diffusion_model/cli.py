@@ -13,6 +13,7 @@ import contextlib
 import csv
 import difflib
 import errno
+import itertools
 import os
 import re
 import signal
@@ -430,8 +431,8 @@ def _drawn_before(folder: Path) -> list[Path]:
 
 def _new_folder(folder: Path) -> Path:
     "The folder, or the first of folder_2, folder_3, ... that holds no samples yet."
-    others = (folder.with_name(f"{folder.name}_{i}") for i in range(2, 1_000_000))
-    return next(f for f in (folder, *others) if not _drawn_before(f))
+    numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
+    return next(f for f in itertools.chain([folder], numbered) if not _drawn_before(f))
 
 
 def _sample_folder(args, step: Path, cfg: Config) -> Path:

@@ -485,7 +485,7 @@ def test_samples_are_never_put_among_the_data(run, tmp_path, command):
 @pytest.mark.mended(19)
 @pytest.mark.parametrize("given, says", [
     ("", "no such checkpoint or run: ''"), ("nowhere", "no such"),
-    ("config.yaml", "is a file; name the folder")])
+    ("config.yaml", "is a file: pass the checkpoint's folder")])
 def test_a_checkpoint_that_is_none(run, command, given, says):
     command.sample("--checkpoint", run/given if given else "")
     command.says(2, "--checkpoint: ", says)
