@@ -99,9 +99,8 @@ def train_parser(
 ) -> argparse.ArgumentParser:
     "The options of `diffusion-train`."
     parser = argparse.ArgumentParser(
-        prog="diffusion-train", allow_abbrev=False,
+        prog="diffusion-train", allow_abbrev=False, description="Train a diffusion model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a diffusion model.",
         epilog="Every field of the config can be given too, as --section.field VALUE or as\n"
                "--field VALUE. Where two sections have a field of one name, the short form means\n"
                "the first of training, data, sampling, diffusion, logging, model.\n"
