@@ -462,7 +462,8 @@ def _stoppable():
     names, old = ("SIGINT", "SIGTERM", "SIGHUP"), {}
     if threading.current_thread() is threading.main_thread():
         for s in (getattr(signal, n) for n in names if hasattr(signal, n)):
-            if signal.getsignal(s) != signal.SIG_IGN: old[s] = signal.signal(s, stop)
+            if s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN: continue  # nohup
+            old[s] = signal.signal(s, stop)
     try: yield
     finally:
         for s, handler in old.items(): signal.signal(s, handler)

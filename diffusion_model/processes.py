@@ -251,7 +251,7 @@ def catch_signals(names=("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")) -> Iterator[
     caught, old = [], {}
     here = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     for s in (getattr(signal, n) for n in names if here and hasattr(signal, n)):
-        if signal.getsignal(s) is signal.SIG_IGN: continue
+        if s.name == "SIGHUP" and signal.getsignal(s) is signal.SIG_IGN: continue  # nohup
         old[s] = signal.signal(s, lambda number, _: caught.append(number))
     try: yield caught
     finally:

@@ -1,5 +1,11 @@
 "Faults that a run must survive, or end at with a clear word; `make faults` prints how each fared."
+import signal
+
 import pytest
+
+# Who starts the tests in the background may have switched these off, for them and what they start.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN: signal.signal(number, usual)
 
 FAULTS = {
     1: "resume in mid-epoch", 2: "resume at edges", 3: "kill -9", 4: "SIGTERM, SIGUSR1, Ctrl-C",
