@@ -430,7 +430,8 @@ def _warn_of_small(small: list, looked: int, size: int):
     "What is enlarged much is blurred, and a network learns the blur."
     if small: warnings.warn(
         f"data.image_size: {len(small)} of {looked} images are enlarged to more than twice their "
-        f"size, to {size} pixels ({_some(dict.fromkeys(small))}): choose a smaller data.image_size, "
+        f"size, to {size} pixels ({_some(dict.fromkeys(small))}): choose a smaller "
+        "data.image_size, "
         "or remove them")
 
 
