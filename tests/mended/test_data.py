@@ -110,9 +110,11 @@ def test_a_signal_to_the_group_saves_and_stops(tmp_path, sent, code):
 def test_a_signal_to_every_single_process_saves_and_stops(tmp_path):
     "As service managers and some schedulers send it: to all, whatever their group."
     process = start(TRAIN, tmp_path/"run", "--num_workers=2")
-    everybody = session_of(process.pid)
-    assert len(everybody) >= 3
-    for pid in reversed(everybody): os.kill(pid, signal.SIGTERM)  # the workers first
+    workers = [pid for pid in session_of(process.pid) if pid != process.pid]
+    assert len({os.getpgid(pid) for pid in [process.pid, *workers]}) == 1 + len(workers) >= 3
+    for sent in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+        for pid in workers: os.kill(pid, sent)
+    process.send_signal(signal.SIGTERM)
     ended(process, tmp_path/"run", 143)
 
 
