@@ -121,6 +121,24 @@ def test_missing_files(tmp_path):
         create_dataset(config(dataset="MNIST", root=str(tmp_path)))
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_torchvision_is_told_what_to_do(tmp_path, monkeypatch, download):
+    "Training and test part, from the folder that was named, fetched only where that is allowed."
+    from torchvision import datasets
+    asked = []
+
+    class MNIST:
+        def __init__(self, root, train=True, transform=None, download=False):
+            asked.append((root, train, download))
+            self.data = torch.zeros(9, 28, 28, dtype=torch.uint8)
+            self.targets = torch.arange(9)
+
+        def __len__(self): return 9
+    monkeypatch.setattr(datasets, "MNIST", MNIST)
+    create_dataset(config(dataset="MNIST", root=str(tmp_path), download=download))
+    assert asked == [(str(tmp_path), True, download), (str(tmp_path), False, download)]
+
+
 @real
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
 def test_real_torchvision(name):
