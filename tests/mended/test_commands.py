@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
 from diffusion_model import cli
 from diffusion_model.cli import parse_labels, sample_command, train_command, write_samples
@@ -596,6 +597,34 @@ def test_every_process_says_its_reason_and_who_it_is(monkeypatch, command):
     command.says(2, "diffusion-train (process 1): error: ", "lerning_rate")
     command.sample("--checkpoint", "nowhere")
     command.says(2, "diffusion-sample (process 1): error: ")
+
+
+@pytest.mark.parametrize("problem, code, says", [
+    (KeyboardInterrupt(), 130, "interrupted"), (ValueError("a\nb"), 2, "error: b"),
+    (FileNotFoundError("gone"), 2, "error: gone"), (OSError("disk"), 1, "disk (--debug shows"),
+    (RuntimeError(), 1, "RuntimeError (--debug shows where)")])
+def test_how_a_command_ends(problem, code, says, capsys, command):
+    def work(args, words): raise problem
+    assert cli._guarded(work, cli.train_parser, []) == code
+    assert says in capsys.readouterr().err
+    if code != 130:
+        with pytest.raises(type(problem)): cli._guarded(work, cli.train_parser, ["--debug"])
+
+
+def test_help_shows_the_fields_of_the_network_that_is_named(monkeypatch, command):
+    from diffusion_model.networks import NETWORKS, Network
+    class Toy(BaseModel):
+        "A toy."
+        name: str = "toy"
+        width: int = 4
+    monkeypatch.setitem(NETWORKS, "toy", Network(Toy, None))
+    for words in (["--model.name=toy"], ["--model.name", "toy"], ["--seed", "1", "--model-name=toy"]):
+        command.train(*words, "--help")
+        assert command.code == 0 and "--model.width" in command.out
+        assert "--model.base_channels" not in command.out
+    for words in ([], ["--model.name", "dit"], ["--model.name"], ["--project", "toy"]):
+        command.train(*words, "--help")
+        assert command.code == 0 and "--model.base_channels" in command.out
 
 
 @pytest.mark.mended(16)
