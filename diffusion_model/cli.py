@@ -80,7 +80,7 @@ def _guarded(
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
-    if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
+    if code == 1: problem = f"{str(problem) or type(problem).__name__} (--debug shows where)"
     for line in str(problem).splitlines(): complain("error", line)
     return code
 

@@ -101,6 +101,15 @@ def test_an_unfinished_first_checkpoint_is_no_run(tmp_path, command, resume):
     assert (run/"checkpoints"/"step_00000004"/"manifest.json").exists()
 
 
+def test_what_counts_as_a_finished_checkpoint(tmp_path):
+    folder = tmp_path/"checkpoints"
+    for name in ("step_00000010", "step_00000002.old", "step_00000012.tmp", "step_", "other"):
+        (folder/name).mkdir(parents=True)
+    (folder/"step_00000099").write_text("a file")
+    assert [p.name for p in cli._steps(tmp_path)] == ["step_00000002.old", "step_00000010"]
+    assert cli._steps(tmp_path/"nowhere") == []
+
+
 @pytest.mark.mended(2)
 def test_a_run_with_a_finished_checkpoint_stays_one(run, command):
     command.train(*words(run))
@@ -618,8 +627,8 @@ def test_help_shows_the_fields_of_the_network_that_is_named(monkeypatch, command
         name: str = "toy"
         width: int = 4
     monkeypatch.setitem(NETWORKS, "toy", Network(Toy, None))
-    for words in (["--model.name=toy"], ["--model.name", "toy"], ["--seed", "1", "--model-name=toy"]):
-        command.train(*words, "--help")
+    for words in ("--model.name=toy", "--model.name toy", "--seed 1 --model-name=toy"):
+        command.train(*words.split(), "--help")
         assert command.code == 0 and "--model.width" in command.out
         assert "--model.base_channels" not in command.out
     for words in ([], ["--model.name", "dit"], ["--model.name"], ["--project", "toy"]):
