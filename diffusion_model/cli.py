@@ -93,7 +93,7 @@ examples:
   diffusion-train --resume outputs/quickstart --max_steps 3000
   torchrun --nproc_per_node 2 -m diffusion_model.train --config cifar10 --resume"""
 
-
+# %% ../nbs/43_cli.ipynb #ec0e011f
 def train_parser(
     network: str = "unet",  # whose fields `--help` shows as those of the section `model`
 ) -> argparse.ArgumentParser:

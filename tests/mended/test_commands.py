@@ -123,6 +123,25 @@ def test_a_run_with_a_finished_checkpoint_stays_one(run, command):
     command.says(2, "interrupted save", f"use {run}")
 
 
+def test_resume_without_a_path_is_the_configs_own_run(run, command):
+    command.train(*words(run), "--resume")
+    assert command.code == 0 and "resumed at step 4" in command.out
+    assert "already trained for 4 steps" in command.out
+
+
+def test_without_resume_nothing_is_resumed(run, monkeypatch):
+    "Not even in a process that does not look whether the place is free."
+    monkeypatch.setenv("RANK", "1")
+    args = cli.train_parser().parse_args(["--config", "quickstart"])
+    assert cli._train_config(args, [f"--output_dir={run}"])[1] is None
+
+
+def test_a_config_that_is_named_wins_over_the_runs_own(run):
+    args = cli.train_parser().parse_args(["--config", "quickstart", "--resume", str(run)])
+    cfg, path = cli._train_config(args, [f"--output_dir={run}"])
+    assert cfg == load_config("quickstart", {"output_dir": str(run)}) and path == run
+
+
 # -- 17: places that cannot be
 
 @pytest.mark.mended(17)
@@ -296,6 +315,20 @@ def test_words_that_say_too_little(tmp_path, monkeypatch, command, argv, says):
     command.train(*argv)
     command.says(2, *says)
     assert not list(tmp_path.iterdir())
+
+
+def test_paths_in_the_home_directory(run, command, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    command.train("--resume", "~/run")
+    assert command.code == 0 and "resumed at step 4" in command.out
+    command.sample("--checkpoint", "~/run", "--output_dir", "~/out", "--num_samples", 1)
+    assert command.code == 0 and (run.parent/"out"/"grid.png").exists()
+
+
+@pytest.mark.mended(18)
+def test_missing_data_is_told_without_a_hint_where_a_config_was_named(tmp_path, command):
+    command.train("--config", "fashion_mnist", "--root", tmp_path)
+    assert command.code == 2 and "no --config was named" not in command.err
 
 
 @pytest.mark.mended(18)
