@@ -80,7 +80,7 @@ def _guarded(
     except KeyboardInterrupt: code, problem = 130, "interrupted"
     except Exception as error: code, problem = 1, error
     if debug and isinstance(problem, Exception): raise problem
-    if code == 1: problem = f"{problem or type(problem).__name__} (--debug shows where)"
+    if code == 1: problem = f"{str(problem) or type(problem).__name__} (--debug shows where)"
     for line in str(problem).splitlines(): complain("error", line)
     return code
 
@@ -93,7 +93,7 @@ examples:
   diffusion-train --resume outputs/quickstart --max_steps 3000
   torchrun --nproc_per_node 2 -m diffusion_model.train --config cifar10 --resume"""
 
-
+# %% ../nbs/43_cli.ipynb #ec0e011f
 def train_parser(
     network: str = "unet",  # whose fields `--help` shows as those of the section `model`
 ) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
 from diffusion_model import cli
 from diffusion_model.cli import parse_labels, sample_command, train_command, write_samples
@@ -100,6 +101,15 @@ def test_an_unfinished_first_checkpoint_is_no_run(tmp_path, command, resume):
     assert (run/"checkpoints"/"step_00000004"/"manifest.json").exists()
 
 
+def test_what_counts_as_a_finished_checkpoint(tmp_path):
+    folder = tmp_path/"checkpoints"
+    for name in ("step_00000010", "step_00000002.old", "step_00000012.tmp", "step_", "other"):
+        (folder/name).mkdir(parents=True)
+    (folder/"step_00000099").write_text("a file")
+    assert [p.name for p in cli._steps(tmp_path)] == ["step_00000002.old", "step_00000010"]
+    assert cli._steps(tmp_path/"nowhere") == []
+
+
 @pytest.mark.mended(2)
 def test_a_run_with_a_finished_checkpoint_stays_one(run, command):
     command.train(*words(run))
@@ -111,6 +121,25 @@ def test_a_run_with_a_finished_checkpoint_stays_one(run, command):
     (run/"checkpoints"/"step_00000009.tmp").mkdir(exist_ok=True)
     command.train("--resume", run/"checkpoints"/"step_00000009.tmp")
     command.says(2, "interrupted save", f"use {run}")
+
+
+def test_resume_without_a_path_is_the_configs_own_run(run, command):
+    command.train(*words(run), "--resume")
+    assert command.code == 0 and "resumed at step 4" in command.out
+    assert "already trained for 4 steps" in command.out
+
+
+def test_without_resume_nothing_is_resumed(run, monkeypatch):
+    "Not even in a process that does not look whether the place is free."
+    monkeypatch.setenv("RANK", "1")
+    args = cli.train_parser().parse_args(["--config", "quickstart"])
+    assert cli._train_config(args, [f"--output_dir={run}"])[1] is None
+
+
+def test_a_config_that_is_named_wins_over_the_runs_own(run):
+    args = cli.train_parser().parse_args(["--config", "quickstart", "--resume", str(run)])
+    cfg, path = cli._train_config(args, [f"--output_dir={run}"])
+    assert cfg == load_config("quickstart", {"output_dir": str(run)}) and path == run
 
 
 # -- 17: places that cannot be
@@ -288,6 +317,20 @@ def test_words_that_say_too_little(tmp_path, monkeypatch, command, argv, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_paths_in_the_home_directory(run, command, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    command.train("--resume", "~/run")
+    assert command.code == 0 and "resumed at step 4" in command.out
+    command.sample("--checkpoint", "~/run", "--output_dir", "~/out", "--num_samples", 1)
+    assert command.code == 0 and (run.parent/"out"/"grid.png").exists()
+
+
+@pytest.mark.mended(18)
+def test_missing_data_is_told_without_a_hint_where_a_config_was_named(tmp_path, command):
+    command.train("--config", "fashion_mnist", "--root", tmp_path)
+    assert command.code == 2 and "no --config was named" not in command.err
+
+
 @pytest.mark.mended(18)
 def test_the_folder_of_checkpoints_is_the_run(run, command):
     command.train("--resume", run/"checkpoints")
@@ -369,7 +412,8 @@ def test_numbers_in_file_names_are_as_long_as_they_must_be(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_keeps_what_is_written(tmp_path, sent):
     "At any moment: whole files, the grid, the old handlers back, and the number of the signal."
-    before = signal.getsignal(sent)
+    usual = signal.default_int_handler if sent == signal.SIGINT else signal.SIG_DFL
+    outside = signal.signal(sent, usual)  # a test that runs in the background ignores Ctrl-C
     def stream():
         yield Drawn(0, torch.zeros((5, 3, 4, 4), dtype=torch.uint8), ["film"])
         os.kill(os.getpid(), sent)
@@ -378,10 +422,12 @@ def test_a_signal_keeps_what_is_written(tmp_path, sent):
     film = [torch.zeros((2, 3, 4, 4), dtype=torch.uint8)]*2
     def with_film():
         for drawn in stream(): yield drawn._replace(film=film)
-    assert write_samples(with_film(), tmp_path, [""]*100) == (5, sent)
+    try:
+        assert write_samples(with_film(), tmp_path, [""]*100) == (5, sent)
+        assert signal.getsignal(sent) == usual
+    finally: signal.signal(sent, outside)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *(f"0000{i}.png" for i in range(5)), "film.gif", "grid.png"]
-    assert signal.getsignal(sent) == before
 
 
 @pytest.mark.mended(19)
@@ -593,6 +639,34 @@ def test_every_process_says_its_reason_and_who_it_is(monkeypatch, command):
     command.says(2, "diffusion-train (process 1): error: ", "lerning_rate")
     command.sample("--checkpoint", "nowhere")
     command.says(2, "diffusion-sample (process 1): error: ")
+
+
+@pytest.mark.parametrize("problem, code, says", [
+    (KeyboardInterrupt(), 130, "interrupted"), (ValueError("a\nb"), 2, "error: b"),
+    (FileNotFoundError("gone"), 2, "error: gone"), (OSError("disk"), 1, "disk (--debug shows"),
+    (RuntimeError(), 1, "RuntimeError (--debug shows where)")])
+def test_how_a_command_ends(problem, code, says, capsys, command):
+    def work(args, words): raise problem
+    assert cli._guarded(work, cli.train_parser, []) == code
+    assert says in capsys.readouterr().err
+    if code != 130:
+        with pytest.raises(type(problem)): cli._guarded(work, cli.train_parser, ["--debug"])
+
+
+def test_help_shows_the_fields_of_the_network_that_is_named(monkeypatch, command):
+    from diffusion_model.networks import NETWORKS, Network
+    class Toy(BaseModel):
+        "A toy."
+        name: str = "toy"
+        width: int = 4
+    monkeypatch.setitem(NETWORKS, "toy", Network(Toy, None))
+    for words in ("--model.name=toy", "--model.name toy", "--seed 1 --model-name=toy"):
+        command.train(*words.split(), "--help")
+        assert command.code == 0 and "--model.width" in command.out
+        assert "--model.base_channels" not in command.out
+    for words in ([], ["--model.name", "dit"], ["--model.name"], ["--project", "toy"]):
+        command.train(*words, "--help")
+        assert command.code == 0 and "--model.base_channels" in command.out
 
 
 @pytest.mark.mended(16)
