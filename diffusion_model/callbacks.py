@@ -180,7 +180,7 @@ CALLBACKS = {
 def default_callbacks(cfg) -> list[Callback]:
     "What a run does besides training, as its config says. Raises ValueError for unknown names."
     names = ["log", "validate", *["stop_early"]*bool(cfg.training.patience), "draw", "save"]
-    names += [n for n in getattr(cfg.logging, "callbacks", []) if n not in names]
+    names += [n for n in cfg.logging.callbacks if n not in names]
     for name in names:
         if name not in CALLBACKS: raise ValueError(
             f"logging.callbacks: found {name!r}; known are {', '.join(CALLBACKS)}; one of your own "

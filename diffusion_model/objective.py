@@ -199,7 +199,7 @@ def create_objective(
     network: nn.Module = None,  # instead of the one that the config describes
 ) -> Objective:
     "What a config trains. Raises ValueError for a name that is not registered."
-    name = getattr(cfg.training, "objective", "diffusion")
+    name = cfg.training.objective
     if name not in OBJECTIVES: raise ValueError(
         f"training.objective: found {name!r}; known are {', '.join(OBJECTIVES)}; one of your own "
         "is added by diffusion_model.objective.OBJECTIVES[its name] = its class")

@@ -1,7 +1,11 @@
 "Faults that a run must survive, or end at with a clear word; `make faults` prints how each fared."
 import signal
+import subprocess
+import warnings
 
 import pytest
+
+from diffusion_model.cli import sample_command, train_command
 
 # Who starts the tests in the background may have switched these off, for them and what they start.
 for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
@@ -83,3 +87,51 @@ def pytest_sessionfinish(session, exitstatus):
     tables = [count(reporter, kind) for kind in asked(config)]
     if exitstatus == 0 and not all(kept(row) for table in tables for row in table.values()):
         session.exitstatus = 1
+
+
+class Command:
+    "The commands in this process: exit code, and what they print."
+    def __init__(self, capsys): self.capsys = capsys
+
+    def __call__(self, command, argv):
+        self.capsys.readouterr()
+        try: self.code = command([str(a) for a in argv])
+        except SystemExit as error: self.code = error.code
+        self.out, self.err = self.capsys.readouterr()
+        assert "Traceback" not in self.err
+        return self
+
+    def train(self, *argv): return self(train_command, argv)
+    def sample(self, *argv): return self(sample_command, argv)
+
+    def says(self, code, *parts):
+        "The exit code, and that all of these words are in the complaint."
+        assert self.code == code, (self.code, self.err)
+        for part in parts: assert str(part) in self.err, (part, self.err)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the commands set their own
+    return Command(capsys)
+
+
+@pytest.fixture
+def background():
+    "`subprocess.Popen` whose processes end with the test, also where it fails."
+    begun = []
+    def begin(*args, **options):
+        begun.append(subprocess.Popen(*args, **options))
+        return begun[-1]
+    yield begin
+    for process in begun:
+        if process.poll() is None: process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def nothing_left_behind():
+    "The test ends once its last save is on the disk."
+    yield
+    from diffusion_model.checkpoint import wait_for_checkpoints
+    wait_for_checkpoints()

@@ -54,14 +54,11 @@ class Run:
     def names(self): return sorted(os.listdir(self.root/"checkpoints"))
 
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
 @pytest.fixture
 def run(tmp_path): return Run(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    yield
-    wait_for_checkpoints()
 
 
 @pytest.fixture

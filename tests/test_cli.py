@@ -48,16 +48,15 @@ def test_run_directory(trained):
 
 
 @pytest.mark.fault(3)
-def test_kill_and_resume_gives_the_same_losses(trained, tmp_path):
+def test_kill_and_resume_gives_the_same_losses(trained, tmp_path, background):
     "Killed without warning, a run goes on at its last checkpoint as if nothing had been."
     code = ("import sys; "
             "from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))")
     out = tmp_path/"killed"
     words = ["--config", "quickstart", *SMALL, "--output_dir", str(out), "--checkpoint_every", "7"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, *words, "--max_steps", "100000"],
-                               cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = background([sys.executable, "-c", code, *words, "--max_steps", "100000"], cwd=ROOT,
+                         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time() + 120
     while not (out/"checkpoints"/"step_00000014"/"manifest.json").exists() and time.time() < until:
         time.sleep(0.02)
@@ -87,11 +86,11 @@ def test_resumed_losses_equal_an_uninterrupted_run(trained, tmp_path):
 
 @pytest.mark.fault(4)
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_stops(tmp_path, sent, code):
+def test_signal_saves_and_stops(tmp_path, background, sent, code):
     out = tmp_path/"stopped"
     source = ("import sys; "
               "from diffusion_model.cli import train_command as c; sys.exit(c(sys.argv[1:]))")
-    process = subprocess.Popen(
+    process = background(
         [sys.executable, "-c", source, "--config", "quickstart", *SMALL, "--output_dir", str(out),
          "--max_steps", "100000"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from diffusion_model import cli
-from diffusion_model.cli import parse_labels, sample_command, train_command, write_samples
+from diffusion_model.cli import parse_labels, train_command, write_samples
 from diffusion_model.config import load_config, load_saved_config, save_config
 from diffusion_model.generation import Drawn
 
@@ -24,32 +24,6 @@ TINY = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]", "nu
 def words(folder, **change):
     return ["--config", "quickstart"] + [
         f"--{k}={v}" for k, v in (TINY | {"output_dir": folder} | change).items()]
-
-
-class Command:
-    "The commands in this process: exit code, and what they print."
-    def __init__(self, capsys): self.capsys = capsys
-
-    def __call__(self, command, argv):
-        self.capsys.readouterr()
-        try: self.code = command([str(a) for a in argv])
-        except SystemExit as error: self.code = error.code
-        self.out, self.err = self.capsys.readouterr()
-        assert "Traceback" not in self.err
-        return self
-
-    def train(self, *argv): return self(train_command, argv)
-    def sample(self, *argv): return self(sample_command, argv)
-
-    def says(self, code, *parts):
-        assert self.code == code, (self.code, self.err)
-        for part in parts: assert str(part) in self.err, (part, self.err)
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the commands set their own
-    return Command(capsys)
 
 
 @pytest.fixture(scope="module")

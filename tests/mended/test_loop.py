@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusion_model import processes
 from diffusion_model.callbacks import (
-    Callback, DrawSamples, Log, SaveCheckpoints, StopEarly, Validate, default_callbacks)
+    Callback, DrawSamples, Log, SaveCheckpoints, StopEarly, Validate, default_callbacks, remind)
 from diffusion_model.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_model.config import ConfigError, load_config
 from diffusion_model.tracking import read_metrics
@@ -165,7 +165,6 @@ def test_two_callbacks_of_one_class_keep_their_own_memory(tmp_path):
     then = [StopEarly(50), SaveCheckpoints(9), StopEarly(5)]
     memory = load_checkpoint(tmp_path).trainer["callbacks"]
     memory["StopEarly(patience=5)"]["best"] = 1.5
-    from diffusion_model.callbacks import remind
     remind(then, memory)
     assert (then[0].state, then[2].state) == ({"best": 2., "waited": 2}, {"best": 1.5, "waited": 2})
 
@@ -237,23 +236,27 @@ def test_one_bad_validation_image_costs_no_step(tmp_path):
 COMMAND = "import sys; from diffusion_model.cli import train_command as c; sys.exit(c())"
 
 
-def started(out, *more, **options):
+@pytest.fixture
+def started(tmp_path, background):
     "A long run in a process of its own, once it has made some steps."
-    words = [f"--{k}={v}" for k, v in (SMALL | {"output_dir": out, "max_steps": 10**6}).items()]
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "--config=quickstart", *words, *more], text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.time() + 120
-    while time.time() < until and process.poll() is None:
-        if (out/"metrics.jsonl").exists() and len((out/"metrics.jsonl").read_text()) > 300: break
-        time.sleep(0.05)
-    return process
+    def start(**options):
+        change = {"output_dir": tmp_path, "max_steps": 10**6}
+        words = [f"--{k}={v}" for k, v in (SMALL | change).items()]
+        process = background(
+            [sys.executable, "-c", COMMAND, "--config=quickstart", *words], text=True, **options,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        metrics, until = tmp_path/"metrics.jsonl", time.time() + 120
+        while time.time() < until and process.poll() is None:
+            if metrics.exists() and len(metrics.read_text()) > 300: break
+            time.sleep(0.05)
+        return process
+    return start
 
 
 @pytest.mark.mended(16)
-def test_a_closed_terminal_saves(tmp_path):
-    process = started(tmp_path)
+def test_a_closed_terminal_saves(tmp_path, started):
+    process = started()
     process.send_signal(signal.SIGHUP)
     printed, complained = process.communicate(timeout=60)
     assert process.returncode == 129, complained
@@ -262,8 +265,8 @@ def test_a_closed_terminal_saves(tmp_path):
 
 
 @pytest.mark.mended(16)
-def test_nohup_still_means_that_a_closed_terminal_is_nothing(tmp_path):
-    process = started(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+def test_nohup_still_means_that_a_closed_terminal_is_nothing(started):
+    process = started(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     time.sleep(1)
     assert process.poll() is None

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import diffusion_model.checkpoint as checkpoint
 import diffusion_model.tracking as tracking
 from diffusion_model.checkpoint import (CheckpointError, find_checkpoint, load_checkpoint,
-                                        save_checkpoint, wait_for_checkpoints)
+                                        save_checkpoint)
 from diffusion_model.ema import EMA
 from diffusion_model.processes import World, report_lost_process
 from diffusion_model.tracking import (MetricsFile, Trackers, read_metrics, read_status,
@@ -21,14 +21,11 @@ from test_checkpoint import Run, reseal, saver
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
 @pytest.fixture
 def run(tmp_path): return Run(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    yield
-    wait_for_checkpoints()
 
 
 @pytest.fixture
