@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs benchmarks clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -45,19 +45,22 @@ faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ..
 mutants: $(READY)  ## Plant small mistakes, one at a time: do the notebooks and tests notice? (hours)
 	$(BIN)/python tests/mutants.py --jobs $(JOBS) $(ARGS)
 
-export: $(READY)  ## Write the package and README.md from the notebooks
+export: $(READY)  ## Write the package, README.md and llms.txt from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tests/pages.py
 
-readme: $(READY)  ## Write README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py
+readme: $(READY)  ## Write README.md, sidebar and llms.txt from the index page
+	$(BIN)/python tests/pages.py
 
 lab: $(READY)  ## Open the notebooks in Jupyter
 	$(BIN)/jupyter lab nbs
 
 docs: $(READY)  ## Build the documentation site (needs Quarto)
 	$(BIN)/nbdev-docs
+
+browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without Chromium)
+	$(BIN)/python tests/browser.py $(ARGS)
 
 benchmarks: train  ## Measure solvers, the trainer and the quick start's images (about 20 minutes)
 	$(BIN)/python benchmarks/solvers.py

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import mutants
-from readme import readme
+import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -51,17 +51,6 @@ def test_notebook_is_clean(exported, path):
     assert path.read_text() == cleaned, f"{path.name} is not clean: run nbdev-clean"
 
 
-def test_site_pages_process(exported):
-    "The documentation site's first half, which needs no Quarto: every page can be processed."
-    code = ("from nbdev.quarto import refresh_quarto_yml as refresh; "
-            "from nbdev.serve import proc_nbs; refresh(); print(proc_nbs())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(exported)})
-    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr[-2000:]
-    pages = {p.name for p in (exported/"_proc").glob("*.ipynb")}
-    assert pages == {p.name for p in NOTEBOOKS if p.parent == ROOT/"nbs"}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_notebook_outputs(path):
     "Saved outputs hold no error, no progress bar, no widget state and no path of a machine."
@@ -88,12 +77,19 @@ def test_notebooks_size_together():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_notebook_form(path):
-    "A title, a sentence, and lines that fit."
+    "A title and a sentence; words before machinery, which is folded; and lines that fit."
     cells = read(path)["cells"]
     first = "".join(cells[0]["source"])
-    title = re.match(r"# .+\n\n> .+", first)
-    assert title, f"{path.name} must open with '# Title' and '> sentence'"
+    title = re.fullmatch(r"# .+\n\n> .+(\n> .+)*", first.strip())
+    assert title, (f"{path.name} must open with a cell of '# Title' and '> sentence' alone: the "
+                   "site shows nothing else of it")
+    assert cells[1]["cell_type"] == "markdown", f"{path.name}: words come before the machinery"
     for cell in cells:
+        source = "".join(cell["source"])
+        assert "eval: false" not in source, f"{path.name}: Jupyter runs {source}"
+        machinery = re.search(r"^#\| *(hide|default_exp|code-fold: true)", source, re.M)
+        folded = cell["metadata"].get("jupyter", {}).get("source_hidden")
+        assert not machinery or folded, f"{path.name}: hide the source of {source} in Jupyter"
         lines = "".join(cell["source"]).splitlines()
         if cell["cell_type"] != "code": continue
         long = [line for line in lines if len(line) > 100]
@@ -128,7 +124,7 @@ def test_exported_cells_are_small():
 
 # -- which module may import which
 MODULES = {p.stem: p for p in sorted((ROOT/"diffusion_model").glob("*.py"))
-           if p.stem not in ("__init__", "_modidx", "train")}
+           if p.stem not in ("__init__", "_modidx", "_site", "train")}
 
 
 def part(module):
@@ -211,7 +207,7 @@ def test_the_loop_is_small_and_knows_no_image():
     assert not re.findall(r"unet|Pixels|labels", text)
 
 
-@pytest.mark.parametrize("module", [*MODULES, "__init__", "train"])
+@pytest.mark.parametrize("module", [*MODULES, "__init__", "_site", "train"])
 def test_lines_fit(module):
     "100 columns; only nbdev's list of names may be longer."
     text = (ROOT/"diffusion_model"/f"{module}.py").read_text()
@@ -250,9 +246,16 @@ def test_every_planted_mistake_is_found():
     assert {m.module for m in planted} == set(MODULES), "a module without a mistake"
 
 
-def test_readme_is_the_index():
-    same = (ROOT/"README.md").read_text() == readme()
-    assert same, "README.md is not nbs/index.ipynb: run `make export`"
+@pytest.mark.parametrize("file", pages.MADE)
+def test_made_from_the_index(file):
+    same = (ROOT/file).read_text() == pages.MADE[file]()
+    assert same, f"{file} is not what nbs/index.ipynb says: run `make export`"
+
+
+def test_llms_lists_every_page():
+    links = re.findall(r"\]\((\S+)\.html\.md\)", (ROOT/"nbs"/"llms.txt").read_text())
+    wanted = [re.sub(r"(^|/)\d+_", r"\1", name.removesuffix(".ipynb")) for name in names]
+    assert sorted(links) == sorted(wanted)
 
 
 def test_the_map_has_every_notebook():
