@@ -9,7 +9,7 @@ __all__ = ['PREDICTIONS', 'NO_LABEL', 'Cond', 'WEIGHTINGS', 'Pred', 'DenoiserLik
 # %% ../nbs/02_denoiser.ipynb #f5061573
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from fastcore.basics import patch
@@ -150,7 +150,7 @@ def forward(self: Denoiser,
 
 # %% ../nbs/02_denoiser.ipynb #899276bb
 def create_denoiser(
-    diffusion,           # a config's `diffusion` section, or any object with its fields
+    diffusion: Any,      # a config's `diffusion` section, or any object with its fields
     network: nn.Module,  # network(x, time, cond)
 ) -> Denoiser:
     "The denoiser that a config describes, around a network."

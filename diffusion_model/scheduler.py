@@ -10,7 +10,7 @@ __all__ = ['TIMESTEPS', 'SPACINGS', 'SCHEDULES', 'NoiseLevel', 'expand', 'NoiseS
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -409,7 +409,7 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 
 
 def create_scheduler(
-    diffusion,  # a config's `diffusion` section, or any object with `schedule` and what that reads
+    diffusion: Any,  # a config's `diffusion` section, or anything with the fields that are read
 ) -> NoiseSchedule:
     "The schedule that a config describes. Raises ValueError for a name that is not registered."
     if diffusion.schedule not in SCHEDULES: raise ValueError(
