@@ -153,7 +153,7 @@ class Batch(NamedTuple):
     cond: Cond         # labels, int64 (B,); vectors, float32 (B, ...); a dict of such; or None
     positions: Tensor  # int64 (B,)
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         "On another device, without waiting where memory is pinned; positions stay: counters ask."
         move = lambda v: v.to(device, non_blocking=True)
         return Batch(move(self.images), map_cond(move, self.cond), self.positions)
