@@ -15,6 +15,7 @@ import difflib
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -531,7 +532,7 @@ def _is_file(path: Path) -> bool:
 
 # %% ../nbs/20_config.ipynb #ec816bbd
 def find_config(
-    name,                  # "quickstart", "quickstart.yaml", or any path
+    name: str | Path,      # "quickstart", "quickstart.yaml", or any path
     beside: Path = None,   # look here first: the folder of the file that names it as its base
 ) -> Path:
     "The file of a config. Raises `ConfigError` with the names there are."
@@ -734,21 +735,21 @@ def _change(values: dict, lines: list[str], overrides) -> Config:
 # %% ../nbs/20_config.ipynb #9ee081e5
 def change_config(
     cfg: Config,
-    overrides,        # as for `load_config`
-) -> Config:          # another one; `cfg` stays as it is
+    overrides: Sequence[str] | dict[str, object],  # as for `load_config`
+) -> Config:                                       # another one; `cfg` stays as it is
     "A config with some fields changed. Raises `ConfigError` with every error, one a line."
     return _change(cfg.model_dump(), [], overrides)
 
 
 def load_config(
-    name="default",   # a shipped config's name, or a path
-    overrides=(),     # words as on the command line, or {"training.max_steps": 20}
+    name: str | Path = "default",  # a shipped config's name, or a path
+    overrides: Sequence[str] | dict[str, object] = (),  # words, or {"training.max_steps": 20}
 ) -> Config:
     "Read, override and validate a config. Raises `ConfigError` with every error, one a line."
     return _load(find_config(name), overrides)
 
 # %% ../nbs/20_config.ipynb #3843f674
-def save_config(cfg: Config, path) -> Path:
+def save_config(cfg: Config, path: str | Path) -> Path:
     "Write every field as YAML; `load_config` reads an equal config back."
     text = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
@@ -816,9 +817,9 @@ def migrate_config(
 
 # %% ../nbs/20_config.ipynb #c3b0e6f4
 def load_saved_config(
-    path,          # the config.yaml of a run or a checkpoint, of this version or an older one
-    overrides=(),  # as for `load_config`
-) -> tuple[Config, list[str]]:  # and a line for each field that differs between the versions
+    path: str | Path,  # the config.yaml of a run or a checkpoint, of this version or an older one
+    overrides: Sequence[str] | dict[str, object] = (),  # as for `load_config`
+) -> tuple[Config, list[str]]:     # and a line for each field that differs between the versions
     "Read the config of a run. Raises `ConfigError` as `load_config` does."
     notes = []
     return _load(Path(path), overrides, notes), notes

@@ -23,9 +23,10 @@ import stat
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -152,7 +153,7 @@ class Batch(NamedTuple):
     cond: Cond         # labels, int64 (B,); vectors, float32 (B, ...); a dict of such; or None
     positions: Tensor  # int64 (B,)
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         "On another device, without waiting where memory is pinned; positions stay: counters ask."
         move = lambda v: v.to(device, non_blocking=True)
         return Batch(move(self.images), map_cond(move, self.cond), self.positions)
@@ -188,7 +189,7 @@ class ImageSet(Dataset):
     "A source of bytes, seen through a transform."
     def __init__(
         self,
-        source,                  # has `classes` and `read(indices) -> (bytes, cond)`
+        source: Any,             # has a length, `classes` and `read(indices) -> (bytes, cond)`
         transform: Transform,
         indices: Tensor = None,  # the part of the source that belongs to this set; None: all
     ):
@@ -248,8 +249,8 @@ class ArraySource:
     def __init__(
         self,
         images: Tensor,  # uint8 (N, C, H, W)
-        cond=None,       # N labels, N vectors, a dict of such, or None
-        classes=None,    # names of the labels
+        cond: Any = None,  # N labels, N vectors, a dict of such, or None
+        classes: list[str] | None = None,  # names of the labels
     ):
         self.images, self.cond, self.classes = images, _as_cond(cond, len(images)), classes
 
@@ -263,12 +264,12 @@ class LazySource:
     "Images that are decoded when first asked for, and kept while they fit into `keep` bytes."
     def __init__(
         self,
-        load,                # i -> the prepared image, uint8 (C, h, w)
+        load: Callable[[int], Tensor],     # i -> the prepared image, uint8 (C, h, w)
         n: int,
-        cond=None,           # n labels, n vectors, a dict of such, or None
-        classes=None,        # names of the labels
-        keep: int = 2**30,   # bytes, of all workers together
-        skip: bool = False,  # leave out what cannot be read, with a warning for each; else: error
+        cond: Any = None,                  # n labels, n vectors, a dict of such, or None
+        classes: list[str] | None = None,  # names of the labels
+        keep: int = 2**30,    # bytes, of all workers together
+        skip: bool = False,   # leave out what cannot be read, with a warning for each; else: error
     ):
         self.load, self.n, self.classes, self.skip = load, n, classes, skip
         self.cond, self.keep, self.kept, self.cache = _as_cond(cond, n), keep, 0, {}
@@ -303,7 +304,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
                   ".pgm")
 
 
-def read_image(path, prepare=None):
+def read_image(
+    path: str | Path,
+    prepare: Callable[[Image.Image], Any] | None = None,  # None: the image itself
+) -> Any:                                                 # what `prepare` returns
     "Decode one file, and let `prepare` work on it. Any failure is a `ValueError` with the path."
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -344,7 +348,9 @@ def list_images(folder: Path, root: Path = None) -> list[Path]:
     return found
 
 # %% ../nbs/23_dataset.ipynb #01326775
-def scan_folder(root) -> tuple[list, list | None, list | None]:  # paths, labels, classes
+def scan_folder(
+    root: str | Path,
+) -> tuple[list, list | None, list | None]:  # paths, labels, classes
     "The images of a folder; each folder directly in it is a class, unless images lie beside it."
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -615,7 +621,7 @@ DATASETS = {"shapes": _shapes, "folder": _folder}
 
 
 def create_dataset(
-    data,          # `DataConfig`
+    data: Any,     # a `DataConfig`, or anything with its fields
 ) -> Datasets:     # train, validation, test, classes
     "The three sets that a config describes."
     return DATASETS.get(data.dataset, _torchvision)(data)
@@ -741,7 +747,8 @@ def sample_indices(
 # %% ../nbs/23_dataset.ipynb #65be0c01
 class PositionLoader:
     "Endless batches; each can be computed from its step alone."
-    def __init__(self, ds, batch_size, seed, start=0, rank=0, world=1, num_workers=0, pin=False):
+    def __init__(self, ds: Any, batch_size: int, seed: int, start: int = 0, rank: int = 0,
+                 world: int = 1, num_workers: int = 0, pin: bool = False):  # see `create_loader`
         self.ds, self.batch_size, self.seed, self.start = ds, batch_size, seed, start
         self.rank, self.world, self.num_workers = rank, world, num_workers
         self.pin = pin and torch.cuda.is_available()  # else there is nothing to pin it for
@@ -832,7 +839,7 @@ def __iter__(self: PositionLoader):
 
 # %% ../nbs/23_dataset.ipynb #63ad2b57
 def create_loader(
-    ds,                    # an `ImageSet`
+    ds: Any,               # an `ImageSet`, or what has a length and `batch(indices, positions)`
     batch_size: int,       # images a step, of all processes together
     seed: int,             # of the order
     start: int = 0,        # the first step

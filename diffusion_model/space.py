@@ -6,6 +6,8 @@
 __all__ = ['SPACES', 'to_uint8', 'Pixels', 'create_space']
 
 # %% ../nbs/24_space.ipynb #925185a8
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class Pixels:
     "Diffusion on the images themselves."
     def __init__(
         self,
-        data,  # any object with `channels`, `image_size`, `mean` and `std`, as `DataConfig` has
+        data: Any,  # has `channels`, `image_size`, `mean` and `std`, as `DataConfig` has
     ):
         self.shape = (data.channels, data.image_size, data.image_size)
         self.range = (0 - data.mean)/data.std, (1 - data.mean)/data.std  # black and white
@@ -41,8 +43,8 @@ SPACES = {"pixels": Pixels}  #: name -> function(data) -> space
 
 
 def create_space(
-    data,  # has `space`, a key of SPACES, and what that space asks for
-):         # has `shape`, `range`, `encode(images) -> x` and `decode(x) -> uint8`
+    data: Any,  # has `space`, a key of SPACES, and what that space asks for, as `DataConfig`
+) -> Any:       # has `shape`, `range`, `encode(images) -> x` and `decode(x) -> uint8`
     "The space that a config describes. Raises `ValueError`."
     name = getattr(data, "space", "pixels")  # configs of version 0.1 knew only pixels
     if name not in SPACES: raise ValueError(

@@ -6,6 +6,8 @@
 __all__ = ['to_float', 'to_tensor', 'as_channels', 'resize_crop', 'random_crop', 'random_flip', 'Transform', 'create_transform']
 
 # %% ../nbs/22_transforms.ipynb #b49b1926
+from typing import Any
+
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -27,10 +29,10 @@ def to_float(
 
 # %% ../nbs/22_transforms.ipynb #016b0ecd
 def to_tensor(
-    image,                     # a PIL image of any mode, or a uint8 tensor (C, H, W)
-    channels: int = 3,         # 1: grey, 3: colour
-    background: str = "white",  # any colour name or #rrggbb; goes under transparent pixels
-) -> Tensor:                   # uint8 (channels, H, W)
+    image: Image.Image | Tensor,  # of any mode; or uint8 (C, H, W)
+    channels: int = 3,            # 1: grey, 3: colour
+    background: str = "white",    # any colour name or #rrggbb; goes under transparent pixels
+) -> Tensor:                      # uint8 (channels, H, W)
     "Any picture as bytes with the wanted number of channels."
     if isinstance(image, Image.Image):
         image = _eight_bits(image)
@@ -80,10 +82,10 @@ def resize_crop(
 
 # %% ../nbs/22_transforms.ipynb #8704053f
 def random_crop(
-    images: list,       # uint8 (C, h, w), each with its shorter side equal to `size`
+    images: list[Tensor],  # uint8 (C, h, w), each with its shorter side equal to `size`
     size: int,
-    place: Tensor,      # (B,) in [0, 1): where along the longer side
-) -> Tensor:            # uint8 (B, C, size, size)
+    place: Tensor,         # (B,) in [0, 1): where along the longer side
+) -> Tensor:               # uint8 (B, C, size, size)
     "A square window out of each image."
     windows = []
     for image, u in zip(images, place.tolist()):
@@ -105,7 +107,7 @@ class Transform:
     "Picture to tensor, in two halves: what never changes (and may be cached), and what does."
     def __init__(
         self,
-        data,         # `DataConfig`
+        data: Any,    # a `DataConfig`, or anything with its fields
         train: bool,  # with augmentation?
     ):
         self.size, self.channels, self.crop = data.image_size, data.channels, data.crop
@@ -113,7 +115,7 @@ class Transform:
         self.seed, self.flip = data.data_seed, train and data.horizontal_flip
         if self.crop == "random" and not train: self.crop = "center"
 
-    def prepare(self, image) -> Tensor:  # uint8 (..., C, h, w)
+    def prepare(self, image: Image.Image | Tensor) -> Tensor:  # uint8 (..., C, h, w)
         "The half that never changes, for a PIL image or bytes (..., C, H, W)."
         x = to_tensor(image, self.channels, self.background)
         return resize_crop(x, self.size, self.crop)
@@ -122,9 +124,9 @@ class Transform:
 @patch
 def augment(
     self: Transform,
-    images,             # prepared: (B, C, h, w), or a list of (C, h, w)
-    positions: Tensor,  # (B,) int64: where each sample stands in the run
-) -> Tensor:            # float32 (B, C, size, size)
+    images: Tensor | list[Tensor],  # prepared: (B, C, h, w), or a list of (C, h, w)
+    positions: Tensor,              # (B,) int64: where each sample stands in the run
+) -> Tensor:                        # float32 (B, C, size, size)
     "The half that a position decides, then the normalisation."
     if not len(positions): return torch.zeros(0, self.channels, self.size, self.size)
     u = counter_uniform(self.seed, "augment", positions, 2)
@@ -135,13 +137,15 @@ def augment(
 
 
 @patch
-def __call__(self: Transform, image, position: int = 0) -> Tensor:  # float32 (C, size, size)
+def __call__(
+    self: Transform, image: Image.Image | Tensor, position: int = 0,
+) -> Tensor:  # float32 (C, size, size)
     "One picture, as the sample at `position` sees it."
     return self.augment([self.prepare(image)], torch.tensor([position]))[0]
 
 # %% ../nbs/22_transforms.ipynb #87e54862
 def create_transform(
-    data,                 # `DataConfig`
+    data: Any,            # a `DataConfig`, or anything with its fields
     train: bool = False,  # True: with the augmentation that the config asks for
 ) -> Transform:
     "The transform a config describes."

@@ -7,6 +7,7 @@ __all__ = ['timestep_embedding', 'ResBlock', 'Attention', 'Downsample', 'Upsampl
 
 # %% ../nbs/10_unet.ipynb #a1e01232
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,15 @@ class Upsample(nn.Module):
 # %% ../nbs/10_unet.ipynb #f310b7d3
 class Down(nn.Module):
     "A level on the way down; returns what the way up will want."
-    def __init__(self, in_channels, out_channels, blocks, attends, downsamples, head_dim, **res):
+    def __init__(self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attends: bool,         # attention after each block?
+        downsamples: bool,     # half the resolution at the end?
+        head_dim: int | None,  # of the attention
+        **res,                 # the rest of `ResBlock`'s arguments
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels]*(blocks - 1)
         self.resnets = nn.ModuleList(ResBlock(c, out_channels, **res) for c in widths)
@@ -131,8 +140,15 @@ class Down(nn.Module):
 # %% ../nbs/10_unet.ipynb #3b78f6a1
 class Up(nn.Module):
     "A level on the way up: each block is given one skip."
-    def __init__(self, in_channels, skip_channels, out_channels, attends, upsamples, head_dim,
-                 **res):
+    def __init__(self,
+        in_channels: int,
+        skip_channels: list[int],  # of the skip that each block is given
+        out_channels: int,
+        attends: bool,             # attention after each block?
+        upsamples: bool,           # twice the resolution at the end?
+        head_dim: int | None,      # of the attention
+        **res,                     # the rest of `ResBlock`'s arguments
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels]*(len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
@@ -154,9 +170,9 @@ class UNet(nn.Module):
         image_size: int = 32,                # height and width, pixels
         channels: int = 3,                   # of the image
         base_channels: int = 128,            # of the first level; even, at least 4
-        channel_multipliers=(1, 2, 2, 2),    # one a level, each at half the resolution before
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),  # one a level, each half as large
         num_res_blocks: int = 2,             # a level, on the way down; one more on the way up
-        attention_resolutions=(16,),         # feature maps of these sizes attend; and the middle
+        attention_resolutions: Sequence[int] = (16,),  # maps of these sizes attend; and the middle
         attention_head_dim: int | None = None,  # channels of a head; None: one head
         dropout: float = 0.,
         norm_groups: int = 32,

@@ -7,6 +7,7 @@ __all__ = ['UNetConfig']
 
 # %% ../nbs/10_unet_config.ipynb #37286120
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastcore.basics import patch
@@ -82,7 +83,7 @@ def _check_widths(self: UNetConfig, shape) -> list[str]:
 @patch
 def check(
     self: UNetConfig,
-    shape,            # (C, H, W) of what the network is to be shown
-) -> list[str]:       # a line for each thing that does not fit
+    shape: Sequence[int],  # (C, H, W) of what the network is to be shown
+) -> list[str]:            # a line for each thing that does not fit
     "What stands against this network, in sentences: field, value found, values allowed."
     return self._check_sizes(shape) + self._check_widths(shape)
