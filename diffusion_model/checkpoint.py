@@ -8,10 +8,11 @@ __all__ = ['CheckpointError', 'verify_checkpoint', 'list_checkpoints', 'prune_ch
 
 # %% ../nbs/27_checkpoint.ipynb #6c1b2346
 import atexit, errno, hashlib, json, math, os, re, shutil, struct, sys, threading, warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,8 +103,8 @@ _AVERAGE = re.compile(r"(ema(?:_[\w.]+)?)\.safetensors")
 
 
 def verify_checkpoint(
-    path,                   # a step directory
-    files=None,             # names of the files to check; default: all
+    path: str | Path,       # a step directory
+    files: Collection[str] = None,  # names of the files to check; default: all
     contents: bool = True,  # False: sizes only, which costs nothing
 ) -> dict:                  # the manifest
     "Check a checkpoint against its manifest, file by file; `CheckpointError` names what is wrong."
@@ -146,7 +147,7 @@ def _step(folder: Path) -> int: return int(_STEP.fullmatch(folder.name)[1])
 
 
 def list_checkpoints(
-    path,           # a run directory, or its checkpoints directory
+    path: str | Path,  # a run directory, or its checkpoints directory
 ) -> list[Path]:    # step directories, oldest first; whether they are valid is not looked at
     "All finished checkpoints of a run."
     root = Path(path)
@@ -176,7 +177,7 @@ def _ranked(folders: list[Path]) -> list[Path]:
 
 # %% ../nbs/27_checkpoint.ipynb #63e8fd10
 def prune_checkpoints(
-    path,                    # a run directory, or its checkpoints directory
+    path: str | Path,        # a run directory, or its checkpoints directory
     keep: int,               # how many to keep, the newest; 0: all
     spare: Path = None,      # never delete this one
     keep_best: bool = True,  # nor the one with the lowest validation loss
@@ -424,14 +425,14 @@ def _to_resume(optimizer, extra: dict | None) -> dict | None:
 
 # %% ../nbs/27_checkpoint.ipynb #22472dcd
 def save_checkpoint(
-    run_dir,                 # of the run; the result is run_dir/checkpoints/step_00001000
+    run_dir: str | Path,     # of the run; the result is run_dir/checkpoints/step_00001000
     step: int,               # optimizer steps made
-    network,                 # an `nn.Module`, its state dict, or several: {"model": one, ...}
-    ema,                     # an `EMA`, a network, a state dict, {"ema": one, ...}, or None
-    optimizer,               # a torch optimizer, its state dict, or None
+    network: nn.Module | Mapping,  # or its state dict, or several: {"model": one, ...}
+    ema: Any,                # what has a `state_dict` (an `EMA`), that, {"ema": one, ...}, or None
+    optimizer: torch.optim.Optimizer | Mapping | None,  # or its state dict; None: not to resume
     config: Config,
     extra: dict = None,      # tensors and plain values that `trainer.pt` holds besides
-    classes=None,            # names of the classes, so that sampling needs no data set
+    classes: Collection = None,  # names of the classes, so that sampling needs no data set
     keep: int = 0,           # afterwards delete all but the newest `keep`; 0: delete none
     keep_best: bool = True,  # and but the one with the lowest score
     score: float = None,     # validation loss at this step, lower is better; None: not known
@@ -501,8 +502,8 @@ def _patiently(read: Callable, tries: int = 10):
 
 # %% ../nbs/27_checkpoint.ipynb #28898cbf
 def find_checkpoint(
-    path,                   # a run directory, its checkpoints directory, or a step directory
-    files=None,             # names of the files that must be valid; default: all
+    path: str | Path,       # a run directory, its checkpoints directory, or a step directory
+    files: Collection[str] = None,  # names of the files that must be valid; default: all
     contents: bool = True,  # False: compare sizes only
     best: bool = False,     # of a run, the one with the lowest score instead of the newest
 ) -> Path:                  # the step directory
@@ -563,7 +564,7 @@ class _Lazy(Mapping):
 class Checkpoint:
     "A checkpoint on disk. Each part is read when it is first asked for."
 
-    def __init__(self, path: Path, manifest: dict, device="cpu"):
+    def __init__(self, path: Path, manifest: dict, device: str | torch.device = "cpu"):
         self.path, self.device, self.step = path, device, manifest["step"]
         self.classes, self.version = manifest["classes"], manifest["version"]
         self.files, self.score = manifest["files"], manifest.get("score")
@@ -614,11 +615,11 @@ def trainer(self: Checkpoint) -> dict:
 
 # %% ../nbs/27_checkpoint.ipynb #e7078685
 def load_checkpoint(
-    path,                 # a run directory (its newest valid checkpoint) or a step directory
-    device="cpu",         # where tensors go, whatever device they came from
+    path: str | Path,     # a run directory (its newest valid checkpoint) or a step directory
+    device: str | torch.device = "cpu",  # where tensors go, whatever device they came from
     verify: bool = True,  # check every file's checksum; False: sizes only
     best: bool = False,   # of a run, the one with the lowest validation loss
-    read=(),              # parts to read at once, before a run that goes on may delete them:
+    read: Collection[str] = (),  # parts to read now, before a run that goes on may delete them:
 ) -> Checkpoint:          # "config", "trainer", and names of weights: "model", "ema", ...
     "Open a checkpoint after checking it."
     def opened():
@@ -644,7 +645,7 @@ def _mismatch(own: dict, state: dict) -> list[str]:
 def load_weights(
     network: nn.Module,
     state: Mapping,           # names -> tensors; wrappers' prefixes are dropped
-    source="these weights",   # for the message: where they come from
+    source: str | Path = "these weights",  # for the message: where they come from
     changes: dict = None,     # for the message: `config_diff(saved config, this config)`
 ) -> None:
     "Copy weights into a network, or say exactly how the two differ."

@@ -14,6 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .config import TrainingConfig
+
 # %% ../nbs/26_ema.ipynb #7cf578ba
 def sigma_rel_to_gamma(
     sigma_rel: float,  # in (0, 0.288]: the average's width, as a share of the run
@@ -113,7 +115,7 @@ def load_state_dict(self: EMA, state: dict[str, torch.Tensor]) -> None:
 
 # %% ../nbs/26_ema.ipynb #6c6122bb
 def create_emas(
-    training,            # a `TrainingConfig`
+    training: TrainingConfig,
     network: nn.Module,  # the one that is trained, already on its device
 ) -> dict[str, EMA]:     # "ema" (ema_decay, or ema_sigma_rel), then "ema_0.999", ... (ema_more)
     "The averages that the config asks for; a name is that of its file in a checkpoint."

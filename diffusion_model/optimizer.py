@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .config import TrainingConfig
+
 # %% ../nbs/25_optimizer.ipynb #e2f7d211
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
@@ -31,33 +33,33 @@ def parameter_groups(
     return [g for g in groups if g["params"]]
 
 # %% ../nbs/25_optimizer.ipynb #1d1b962e
-def _progress(step: int, start: int, training) -> float:
+def _progress(step: int, start: int, training: TrainingConfig) -> float:
     "The share of the way from the end of the warm-up to `max_steps`, in [0, 1]."
     return min(1., max(0., (step - start)/max(1, training.max_steps - start)))
 
 
-def _constant(step: int, start: int, training) -> float:
+def _constant(step: int, start: int, training: TrainingConfig) -> float:
     "The peak, to the end."
     return 1.
 
 
-def _linear(step: int, start: int, training) -> float:
+def _linear(step: int, start: int, training: TrainingConfig) -> float:
     "A straight line from 1, where the warm-up ends, to `min_lr_ratio` at `max_steps`."
     return 1 - (1 - training.min_lr_ratio)*_progress(step, start, training)
 
 
-def _cosine(step: int, start: int, training) -> float:
+def _cosine(step: int, start: int, training: TrainingConfig) -> float:
     "Half a cosine between the same two ends."
     low = training.min_lr_ratio
     return low + (1 - low)*(1 + math.cos(math.pi*_progress(step, start, training)))/2
 
 # %% ../nbs/25_optimizer.ipynb #156da9d2
-def _step(step: int, start: int, training) -> float:
+def _step(step: int, start: int, training: TrainingConfig) -> float:
     "A fall by `lr_gamma` every `lr_step_size` steps."
     return training.lr_gamma**(step//training.lr_step_size)
 
 
-def _inverse_sqrt(step: int, start: int, training) -> float:
+def _inverse_sqrt(step: int, start: int, training: TrainingConfig) -> float:
     "1 until the warm-up ends, then its square root over that of the step."
     return (max(1, start)/max(1, start, step))**0.5
 
@@ -69,7 +71,7 @@ LR_SCHEDULES = {  # name -> share of the peak(step, end of the warm-up, training
 # %% ../nbs/25_optimizer.ipynb #0dbb8f8f
 def learning_rate(
     step: int,  # optimizer steps already made: 0 before the first
-    training,   # a `TrainingConfig`
+    training: TrainingConfig,
 ) -> float:     # the rate of the step that comes next
     "Linear warm-up, then the schedule: a pure function of the step, so there is no state to save."
     if training.lr_schedule not in LR_SCHEDULES:
@@ -81,28 +83,28 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    "Give every parameter group the rate `lr`."
+    "Give every parameter group the rate `lr`, where it lies: a number, or a tensor on a device."
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
         else: group["lr"] = lr
 
 # %% ../nbs/25_optimizer.ipynb #dccf6640
-def _adamw(groups: list[dict], training, lr: float, fused: bool | None):
+def _adamw(groups: list[dict], training: TrainingConfig, lr: float, fused: bool | None):
     "Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2)."
     return torch.optim.AdamW(groups, lr, (training.beta1, training.beta2), fused=fused)
 
 
-def _adam(groups: list[dict], training, lr: float, fused: bool | None):
+def _adam(groups: list[dict], training: TrainingConfig, lr: float, fused: bool | None):
     "Adam (Kingma & Ba 2015, Algorithm 1); weight decay is an L2 penalty."
     return torch.optim.Adam(groups, lr, (training.beta1, training.beta2), fused=fused)
 
 
-def _sgd(groups: list[dict], training, lr: float, fused: bool | None):
+def _sgd(groups: list[dict], training: TrainingConfig, lr: float, fused: bool | None):
     "Gradient descent with momentum."
     return torch.optim.SGD(groups, lr, momentum=training.beta1, fused=fused)
 
 
-def _lion(groups: list[dict], training, lr: float, fused: bool | None):
+def _lion(groups: list[dict], training: TrainingConfig, lr: float, fused: bool | None):
     "Lion (Chen et al. 2023, Algorithm 2) of the library lion-pytorch, which has no fused form."
     try: from lion_pytorch import Lion
     except ImportError as error:
@@ -116,7 +118,7 @@ OPTIMIZERS = {  # name -> optimizer(groups, training, lr, fused)
 
 # %% ../nbs/25_optimizer.ipynb #77e49e4c
 def create_optimizer(
-    training,            # a `TrainingConfig`
+    training: TrainingConfig,
     network: nn.Module,  # already on its device
 ) -> torch.optim.Optimizer:
     "The optimizer that the config describes, its rate set for the first step. Raises ValueError."

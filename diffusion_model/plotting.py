@@ -7,8 +7,10 @@ __all__ = ['COLOURS', 'setup_plots', 'image_grid', 'show_images', 'show_strip', 
            'plot_metrics', 'explore']
 
 # %% ../nbs/plotting.ipynb #4ce3d1b5
-import os
+import numbers, os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ def setup_plots() -> None:
     except (ImportError, AttributeError): pass  # outside IPython there is nothing to set
 
 # %% ../nbs/plotting.ipynb #e8d9591c
-def _pixels(x) -> np.ndarray:  # (B, H, W, 3) uint8
+def _pixels(x: Any) -> np.ndarray:  # (B, H, W, 3) uint8
     "Images as bytes: floats in [-1, 1] are clamped, never stretched."
     x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
     if x.ndim == 3: x = x[None]
@@ -41,7 +43,7 @@ def _pixels(x) -> np.ndarray:  # (B, H, W, 3) uint8
 
 
 def image_grid(
-    x,                 # (B, C, H, W): float in [-1, 1], or uint8; C is 1 or 3
+    x: Any,            # tensor or array (B, C, H, W): float in [-1, 1], or uint8; C is 1 or 3
     ncol: int = None,  # images a row; default: as square as it gets
     pad: int = 2,      # white pixels between images
 ) -> np.ndarray:       # (rows, columns, 3) uint8
@@ -58,7 +60,7 @@ def image_grid(
 
 # %% ../nbs/plotting.ipynb #331bc6e0
 def show_images(
-    x,                    # (B, C, H, W): float in [-1, 1], or uint8
+    x: Any,               # tensor or array (B, C, H, W): float in [-1, 1], or uint8
     titles: list = None,  # one for each image
     ncol: int = 8,        # images a row
     title: str = None,    # over the whole
@@ -99,7 +101,13 @@ def show_strip(
     return fig
 
 # %% ../nbs/plotting.ipynb #43c583af
-def save_grid(x, path, ncol: int = None, scale: int = 1, pad: int = 2) -> Path:
+def save_grid(
+    x: Any,            # tensor or array (B, C, H, W): float in [-1, 1], or uint8
+    path: str | Path,  # ends in .png
+    ncol: int = None,  # images a row; default: as square as it gets
+    scale: int = 1,    # pixels of the file for each pixel, so that small images can be seen
+    pad: int = 2,      # white pixels between images, before scaling
+) -> Path:
     "Write a batch of images as one PNG grid, each pixel `scale` pixels wide."
     from PIL import Image
     grid = image_grid(x, ncol, pad)
@@ -109,11 +117,11 @@ def save_grid(x, path, ncol: int = None, scale: int = 1, pad: int = 2) -> Path:
 
 def save_film(
     frames: list,    # batches (B, C, H, W), one for each moment
-    path,            # ends in .gif
+    path: str | Path,  # ends in .gif
     fps: int = 12,   # frames a second
     hold: float = 2.,  # seconds that the last frame stays
-    ncol: int = None,
-    scale: int = 1,
+    ncol: int = None,  # images a row; default: as square as it gets
+    scale: int = 1,  # pixels of the file for each pixel
 ) -> Path:
     "Write frames as an animated GIF."
     from PIL import Image
@@ -125,12 +133,12 @@ def save_film(
 
 # %% ../nbs/plotting.ipynb #5c2335ba
 def plot_curves(
-    curves: dict,          # name -> (x, y)
+    curves: dict,          # name -> (x, y), two lists, arrays or tensors of one length
     xlabel: str,
     ylabel: str,
-    title: str = None,
+    title: str = None,     # over the axes
     log: str = "",         # "x", "y" or "xy": logarithmic axes
-    ax=None,               # draw here; default: a new figure
+    ax: Any = None,        # matplotlib Axes to draw into; default: those of a new figure
 ):                         # the matplotlib Axes
     "Named curves over one pair of labelled axes."
     if ax is None:
@@ -145,7 +153,7 @@ def plot_curves(
 
 # %% ../nbs/plotting.ipynb #8b7f038e
 def smooth(
-    values,              # (n,) numbers
+    values: Iterable[float],  # n numbers
     beta: float = 0.95,  # weight of the past, in [0, 1)
 ) -> np.ndarray:         # (n,)
     "Exponential average without the bias of its start (Kingma & Ba 2015, section 3)."
@@ -158,7 +166,7 @@ def smooth(
 # %% ../nbs/plotting.ipynb #1ba7dc74
 def plot_metrics(
     metrics: list,      # dicts with "step" and "loss", as `read_metrics` gives them
-    path=None,          # where to write the PNG; default: nowhere
+    path: str | Path = None,  # where to write the PNG; default: nowhere
 ):                      # the matplotlib Figure
     "The loss curve of a run: raw values pale, their average dark, the validation loss as dots."
     from matplotlib.figure import Figure
@@ -189,28 +197,69 @@ def _live() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 # %% ../nbs/plotting.ipynb #1c4bf4a1
-def explore(
-    draw,           # called as draw(ax, **one value for each name)
-    frames: int = 4,  # pictures in the strip where there is no kernel
-    figsize=(3.2, 2.8),
-    **values,       # name -> list of the values it can take
-) -> None:
-    "A slider for each name where a kernel runs; a strip of frames where none does."
-    import matplotlib.pyplot as plt
-    if _live():
-        from ipywidgets import SelectionSlider, interact
+def _start_values(
+    values: dict[str, list],  # name -> the values it can take
+    start: dict,              # name -> the one to begin with, where the author says so
+) -> dict:                    # name -> the one to begin with
+    "Where each control begins: in the middle of numbers, at the first of names."
+    unknown = [name for name in start if name not in values or start[name] not in values[name]]
+    if unknown: raise ValueError(
+        f"start: found {', '.join(f'{name} = {start[name]!r}' for name in unknown)}; a start is "
+        "one of the values that are listed for a name")
+    return {name: start.get(name, choices[len(choices)//2 if _are_numbers(choices) else 0])
+            for name, choices in values.items()}
 
-        def show(**chosen):
-            _, ax = plt.subplots(figsize=(figsize[0]*1.5, figsize[1]*1.5))
-            draw(ax, **chosen)
-            plt.show()
-        interact(show, **{k: SelectionSlider(options=list(v)) for k, v in values.items()})
-        return
-    pick = np.linspace(0, 1, frames)
+
+def _are_numbers(choices: list) -> bool:
+    return all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in choices)
+
+
+def _in_short(value: Any) -> str:
+    "A value as a label says it: a float without a tail of digits."
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/plotting.ipynb #d21df129
+def _controls(values: dict[str, list], start: dict) -> dict:  # name -> an ipywidgets widget
+    "A slider for each list of numbers and a dropdown for each list of names; labels are not cut."
+    from ipywidgets import Dropdown, SelectionSlider
+    return {name: (SelectionSlider if _are_numbers(choices) else Dropdown)(
+                options=[(_in_short(v), v) for v in choices], value=start[name],
+                description=name, style={"description_width": "initial"})
+            for name, choices in values.items()}
+
+
+def _strip(draw: Callable, frames: int, figsize: tuple, values: dict[str, list], start: dict):
+    "Frames that vary the first parameter with several values; the others are at their start."
+    import matplotlib.pyplot as plt
+    varied = next((name for name in values if len(values[name]) > 1), next(iter(values)))
+    choices, still = values[varied], {k: v for k, v in start.items() if k != varied}
+    frames = min(frames, len(choices))
     fig, axes = plt.subplots(1, frames, figsize=(figsize[0]*frames, figsize[1]), squeeze=False)
-    for ax, p in zip(axes.flat, pick):
-        chosen = {k: v[round(p*(len(v) - 1))] for k, v in values.items()}
-        draw(ax, **chosen)
-        ax.set_title(", ".join(f"{k} = {v:.3g}" if isinstance(v, float) else f"{k} = {v}"
-                               for k, v in chosen.items()), fontsize=9)
+    for ax, p in zip(axes.flat, np.linspace(0, 1, frames)):
+        value = choices[round(p*(len(choices) - 1))]
+        draw(ax, **{**still, varied: value})
+        ax.set_title(f"{varied} = {_in_short(value)}", fontsize=9)
+    if still: fig.suptitle(", ".join(f"{k} = {_in_short(v)}" for k, v in still.items()), fontsize=9)
     plt.show()
+
+# %% ../nbs/plotting.ipynb #597944d9
+def explore(
+    draw: Callable[..., None],  # called as draw(ax, **one value for each name)
+    frames: int = 4,            # at most so many pictures in the strip, where there is no kernel
+    figsize: tuple[float, float] = (3.2, 2.8),  # inches, of one frame
+    start: dict = None,  # name -> the value to begin with; default: numbers' middle, names' first
+    **values: list,      # name -> list of the values it can take
+) -> None:
+    "A control for each name where a kernel runs; where none does, a strip that varies the first."
+    import matplotlib.pyplot as plt
+    values = {name: list(dict.fromkeys(choices)) for name, choices in values.items()}
+    begin = _start_values(values, start or {})
+    if not _live(): return _strip(draw, frames, figsize, values, begin)
+
+    from ipywidgets import interact
+
+    def show(**chosen):
+        _, ax = plt.subplots(figsize=(figsize[0]*1.5, figsize[1]*1.5))
+        draw(ax, **chosen)
+        plt.show()
+    interact(show, **_controls(values, begin))

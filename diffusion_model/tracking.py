@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -42,7 +43,7 @@ class Average:
 class Tracker:
     "What every tracker has; each keeps what it can show."
     def log(self, step: int, values: dict) -> None: "Numbers by name, after `step` steps."
-    def images(self, step: int, name: str, grid) -> None: "A picture: (H, W, 3) uint8 array."
+    def images(self, step: int, name: str, grid: Any) -> None: "A picture: (H, W, 3) uint8 array."
     def close(self) -> None: "Nothing more will come."
 
 # %% ../nbs/28_tracking.ipynb #a2fdb872
@@ -62,7 +63,9 @@ def _parse(line: str) -> dict | None:
     return {k: float(v) if isinstance(v, str) and v in names else v for k, v in row.items()}
 
 
-def read_metrics(path) -> list[dict]:  # path: `metrics.jsonl`, or the run directory it lies in
+def read_metrics(
+    path: str | Path,  # `metrics.jsonl`, or the run directory it lies in
+) -> list[dict]:
     "All lines of a metrics file, oldest first; an unfinished last line is left out."
     path = Path(path)
     if path.is_dir(): path = path/"metrics.jsonl"
@@ -79,7 +82,7 @@ class MetricsFile(Tracker):
     "`metrics.jsonl`: one JSON object a line, flushed at once; no step stands twice."
     def __init__(
         self,
-        path,                 # the file
+        path: str | Path,     # the file
         start_step: int = 0,  # steps already made; later lines of an earlier life are cut off
     ):
         self.path = Path(path)
@@ -95,7 +98,7 @@ class MetricsFile(Tracker):
         row = {k: v if isinstance(v, str) or v is None else _jsonable(v) for k, v in row.items()}
         return json.dumps(row, allow_nan=False) + "\n"
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         self.file.write(self._line({"step": int(step), **values}))
         self.file.flush()
 
@@ -132,13 +135,18 @@ def _in_words(average: Average, values: dict) -> list[str]:
 
 class ProgressBar(Tracker):
     "One line that moves, for a terminal."
-    def __init__(self, total: int, start_step: int = 0, stream=None):  # steps of the run; made
+    def __init__(
+        self,
+        total: int,           # steps of the run
+        start_step: int = 0,  # steps already made
+        stream: TextIO = None,  # default: standard error
+    ):
         from tqdm import tqdm
         self.average, self.stream = Average(0.9), stream or sys.stderr
         self.bar = tqdm(total=total, initial=start_step, file=self.stream, unit="step",
                         dynamic_ncols=True)
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         if "loss" not in values: return
         self.bar.set_postfix_str("  ".join(_in_words(self.average, values)), refresh=False)
         with _unless_broken(self.stream): self.bar.update(step - self.bar.n)
@@ -149,12 +157,18 @@ class ProgressBar(Tracker):
 # %% ../nbs/28_tracking.ipynb #0a395411
 class ProgressLines(Tracker):
     "A plain line now and then, for a log file."
-    def __init__(self, total: int, every: float = 30., stream=None, clock=time.monotonic):
-        self.total, self.every, self.clock = total, every, clock  # steps, seconds
+    def __init__(
+        self,
+        total: int,           # steps of the run
+        every: float = 30.,   # seconds from one line to the next
+        stream: TextIO = None,  # default: standard error
+        clock: Callable[[], float] = time.monotonic,  # seconds, from any beginning
+    ):
+        self.total, self.every, self.clock = total, every, clock
         self.stream, self.average = stream or sys.stderr, Average(0.9)
         self.first, self.shown, self.waiting = None, -math.inf, None
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         if "loss" not in values: return
         now, words = self.clock(), [f"step {step}/{self.total}", *_in_words(self.average, values)]
         if self.first is None: self.first = step, now
@@ -172,7 +186,11 @@ class ProgressLines(Tracker):
         if self.waiting: self._show(self.clock())
 
 # %% ../nbs/28_tracking.ipynb #ac9e992e
-def create_console(total: int, start_step: int = 0, stream=None) -> Tracker:
+def create_console(
+    total: int,           # steps of the run
+    start_step: int = 0,  # steps already made
+    stream: TextIO = None,  # default: standard error
+) -> Tracker:
     "A bar where somebody looks on, plain lines where nobody does."
     stream = stream or sys.stderr
     return ProgressBar(total, start_step, stream) if stream.isatty() else \
@@ -181,14 +199,14 @@ def create_console(total: int, start_step: int = 0, stream=None) -> Tracker:
 # %% ../nbs/28_tracking.ipynb #e3a2acfc
 class TensorBoard(Tracker):
     "Scalars and pictures for `tensorboard --logdir`."
-    def __init__(self, folder, start_step: int = 0):
+    def __init__(self, folder: str | Path, start_step: int = 0):  # steps already made
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         for name, value in values.items(): self.writer.add_scalar(name, float(value), step)
 
-    def images(self, step, name, grid):
+    def images(self, step: int, name: str, grid: Any):
         self.writer.add_image(name, grid, step, dataformats="HWC")
 
     def close(self): self.writer.close()
@@ -196,7 +214,7 @@ class TensorBoard(Tracker):
 # %% ../nbs/28_tracking.ipynb #d9bbfb4c
 class WandB(Tracker):
     "Weights & Biases; a resumed run goes on in its old page (its id is kept in `wandb_id`)."
-    def __init__(self, run_dir, project: str, config: dict = None):
+    def __init__(self, run_dir: str | Path, project: str, config: dict = None):
         try: import wandb
         except ImportError as e:
             raise ImportError("wandb is not installed: pip install 'diffusion_model[wandb]', "
@@ -208,10 +226,12 @@ class WandB(Tracker):
                               id=known.read_text() if known.exists() else None, resume="allow")
         known.write_text(self.run.id)
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         self.run.log({k: float(v) for k, v in values.items()}, step=step)
 
-    def images(self, step, name, grid): self.run.log({name: self.wandb.Image(grid)}, step=step)
+    def images(self, step: int, name: str, grid: Any):
+        self.run.log({name: self.wandb.Image(grid)}, step=step)
+
     def close(self): self.run.finish()
 
 # %% ../nbs/28_tracking.ipynb #ff7f2ea3
@@ -232,10 +252,10 @@ class Trackers(Tracker):
             warn_safely(f"tracker {name} failed and is left out from here on; training goes on. "
                         f"{type(error).__name__}: {error}", stacklevel=3)
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict):
         for name, t in list(self.active.items()): self._try(name, t.log, step, values)
 
-    def images(self, step, name, grid):
+    def images(self, step: int, name: str, grid: Any):
         for key, t in list(self.active.items()): self._try(key, t.images, step, name, grid)
 
     def close(self):
@@ -258,7 +278,7 @@ TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}  # tracker(cfg, run_di
 
 def create_trackers(
     cfg: Config,
-    run_dir,              # where the files go
+    run_dir: str | Path,  # where the files go
     start_step: int = 0,  # steps already made, on resume
 ) -> Trackers:
     "The metrics file, the console and what `logging.trackers` asks for, as one. Raises ValueError."
@@ -291,7 +311,7 @@ def git_commit() -> str | None:
     return commit and commit + ("+" if _git("status", "--porcelain", "-uno", ".") else "")
 
 # %% ../nbs/28_tracking.ipynb #2d1032a8
-def run_metadata(device="cpu") -> dict:
+def run_metadata(device: Any = "cpu") -> dict:  # a torch device, or its name
     "What made this run: versions, machine, commit, command line, time of start."
     import torch
     def installed(name):
@@ -309,7 +329,11 @@ def run_metadata(device="cpu") -> dict:
         "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def record_start(run_dir, step: int, device="cpu") -> dict:
+def record_start(
+    run_dir: str | Path,
+    step: int,            # steps already made
+    device: Any = "cpu",  # a torch device, or its name
+) -> dict:
     "Add this start to `starts.jsonl`: one line for the first start, one for each resume."
     row = {"step": step, **run_metadata(device)}
     file = Path(run_dir)/"starts.jsonl"
@@ -320,7 +344,7 @@ def record_start(run_dir, step: int, device="cpu") -> dict:
     return row
 
 # %% ../nbs/28_tracking.ipynb #b143b6b0
-def read_status(run_dir) -> dict:  # empty where none was written
+def read_status(run_dir: str | Path) -> dict:  # empty where none was written
     "What `status.json` says: state, step, max_steps, pid, host, updated, and error if it failed."
     try: return json.loads((Path(run_dir)/"status.json").read_text())
     except (OSError, ValueError): return {}
@@ -365,7 +389,7 @@ def _locked(folder: Path) -> FileLock:
 
 @contextmanager
 def run_lock(
-    run_dir,        # made if it is not there
+    run_dir: str | Path,  # made if it is not there
     max_steps: int,
 ) -> Iterator[Callable]:  # write_status(state, step, **more): writes `status.json`
     "Hold a run directory, alone. Raises RuntimeError, saying who does, where another process does."

@@ -156,11 +156,54 @@ def test_explore_without_a_kernel_is_a_strip_from_first_to_last(monkeypatch):
     assert [ax.get_title() for ax in plt.gcf().axes] == ["t = 0", "t = 5", "t = 10"]
 
 
-def test_explore_without_ipython(monkeypatch):
+def test_explore_without_ipython_varies_the_first_parameter_that_can_vary(monkeypatch):
     monkeypatch.delenv("IN_TEST", raising=False)
     drawn = []
-    explore(lambda ax, a, b: drawn.append((a, b)), frames=2, a=[1, 2, 3], b=[0.5])
-    assert drawn == [(1, 0.5), (3, 0.5)]
+    explore(lambda ax, a, b, c: drawn.append((a, b, c)), frames=3, a=[0.5], b=["x", "y"],
+            c=[1, 2, 3], start={"c": 3})
+    assert drawn == [(0.5, "x", 3), (0.5, "y", 3)]
+    assert [ax.get_title() for ax in plt.gcf().axes] == ["b = x", "b = y"]
+    assert plt.gcf().get_suptitle() == "a = 0.5, c = 3"
+
+
+@pytest.mark.parametrize("values, others", [
+    ({"t": [0, 1], "k": ["a", "b", "c"], "n": [1, 2, 4, 8, 16]}, {"k": "a", "n": 4}),
+    ({"t": [0, 1], "k": ["b", "a", "b"], "on": [True, False]}, {"k": "b", "on": True}),
+    ({"t": [0, 1], "w": np.linspace(0, 1, 3)}, {"w": 0.5})])
+def test_explore_begins_in_the_middle_of_numbers_and_at_the_first_name(values, others, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    drawn = []
+    explore(lambda ax, **chosen: drawn.append(chosen), **values)
+    assert drawn == [{"t": 0, **others}, {"t": 1, **others}]
+
+
+@pytest.mark.parametrize("start", [{"t": 3}, {"other": 1}])
+def test_explore_refuses_to_begin_where_no_value_is(start):
+    with pytest.raises(ValueError, match="one of the values that are listed"):
+        explore(lambda ax, t: None, t=[1, 2], start=start)
+
+
+def test_explore_with_a_kernel_has_a_control_for_each_parameter(monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+    monkeypatch.delenv("IN_TEST", raising=False)
+    code = ("from diffusion_model.plotting import explore\n"
+            "explore(lambda ax, **chosen: print(chosen), solver=['ddim', 'heun'],\n"
+            "        a_rather_long_name=[0., 0.1 + 0.2, 1., 2.], start={'solver': 'heun'})")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    shown, = book.cells[0].outputs
+    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    state = book.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    kinds = {w["model_name"]: w["state"] for w in state.values()}
+    names, numbers = kinds["DropdownModel"], kinds["SelectionSliderModel"]
+    assert names["description"] == "solver" and names["_options_labels"] == ["ddim", "heun"]
+    assert names["index"] == 1 and numbers["index"] == 2
+    assert numbers["_options_labels"] == ["0", "0.3", "1", "2"]
+    styles = [w["state"] for w in state.values() if w["state"].get("description_width")]
+    assert len(styles) == 2 and {s["description_width"] for s in styles} == {"initial"}
+    drawn, = (w["state"]["outputs"] for w in state.values() if w["model_name"] == "OutputModel")
+    assert "{'solver': 'heun', 'a_rather_long_name': 1.0}" in drawn[0]["text"]  # drawn at once
 
 
 def test_style_is_plain_and_small():
