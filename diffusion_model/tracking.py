@@ -335,8 +335,7 @@ def record_start(
     device: Any = "cpu",  # a torch device, or its name
 ) -> dict:
     "Add this start to `starts.jsonl`: one line for the first start, one for each resume."
-    row = {"step": step, **run_metadata(device)}
-    file = Path(run_dir)/"starts.jsonl"
+    row, file = {"step": step, **run_metadata(device)}, Path(run_dir)/"starts.jsonl"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a") as f: f.write(json.dumps(row) + "\n")

@@ -33,7 +33,8 @@ def write_urls(path: Path, home: str, site: str) -> None:
     urls = {"Repository": home, "Documentation": site, "Issues": f"{home}/issues",
             "Changelog": f"{home}/blob/main/CHANGELOG.md"}
     table = "".join(f'{name} = "{url}"\n' for name, url in urls.items())
-    path.write_text(text.replace("[project.scripts]", f"[project.urls]\n{table}\n[project.scripts]"))
+    scripts = "[project.scripts]"
+    path.write_text(text.replace(scripts, f"[project.urls]\n{table}\n{scripts}"))
 
 
 def write_cells(path: Path, page: str, home: str) -> None:

@@ -1,10 +1,14 @@
 "The package from outside: quick to import, names at hand, the old and the new command."
-import subprocess, sys
+import ast, re, subprocess, sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import diffusion_model
+
+PACKAGE = Path(diffusion_model.__file__).parent
+MODULES = sorted(p for p in PACKAGE.glob("*.py") if p.name not in ("_modidx.py", "_site.py"))
 
 
 def python(code, cwd):
@@ -64,3 +68,55 @@ def test_commands_are_installed(command):
     done = subprocess.run([Path(sys.executable).parent/command, "--help"], capture_output=True,
                           text=True)
     assert done.returncode == 0 and "usage" in done.stdout
+
+
+def public_functions(path):
+    "(name, definition) of the public functions of a module, and of its public classes."
+    for node in ast.parse(path.read_text()).body:
+        public = not getattr(node, "name", "_").startswith("_")
+        if isinstance(node, ast.FunctionDef) and public: yield node.name, node
+        if not isinstance(node, ast.ClassDef) or not public: continue
+        for x in node.body:
+            if isinstance(x, ast.FunctionDef) and (x.name == "__init__" or x.name[0] != "_"):
+                yield f"{node.name}.{x.name}", x
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[p.stem for p in MODULES])
+def test_public_arguments_are_annotated(path):
+    "The package says that it is typed (py.typed): so every public argument says what it takes."
+    for name, f in public_functions(path):
+        every = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+        bare = [a.arg for a in every if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare, f"{path.name}: {name}: annotate {bare}"
+
+
+def test_package_says_that_it_is_typed(): assert (PACKAGE/"py.typed").is_file()
+
+
+ROOT = PACKAGE.parent
+needs_checkout = pytest.mark.skipif(not (ROOT/"CITATION.cff").is_file(), reason="no checkout")
+
+
+@needs_checkout
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT/"CITATION.cff").read_text())
+    assert citation["version"] == diffusion_model.__version__
+    assert {"cff-version", "title", "authors", "message"} <= set(citation)
+
+
+@needs_checkout
+def test_changelog_has_this_version():
+    text = (ROOT/"CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text and f"## [{diffusion_model.__version__}]" in text
+
+
+@needs_checkout
+def test_hooks_run_what_is_there():
+    "Each hook of pre-commit is a command that the environment has, or a script of ours."
+    hooks = yaml.safe_load((ROOT/".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {"nbdev-clean", "nbdev-export"} <= {h["id"] for h in hooks}
+    for hook in hooks:
+        command, *rest = hook["entry"].split()
+        assert (Path(sys.executable).parent/command).exists(), hook["entry"]
+        assert all((ROOT/x).is_file() for x in rest if x.endswith(".py")), hook["entry"]
+        assert re.search(hook.get("files", ""), "nbs/00_tour.ipynb")
