@@ -247,7 +247,7 @@ def main_first(
 # %% ../nbs/29_processes.ipynb #94b674f9
 @contextlib.contextmanager
 def catch_signals(
-    names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"),  # what a system lacks is left out
+    names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"),  # if there are such
 ) -> Iterator[list[int]]:
     "Inside `with`, these signals are noted in the yielded list; outside, all is as before."
     caught, old = [], {}
