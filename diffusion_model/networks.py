@@ -9,6 +9,8 @@ __all__ = ['NETWORKS', 'Network', 'find_network', 'create_network']
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pydantic import BaseModel
+
 from .unet_config import UNetConfig
 
 # %% ../nbs/12_networks.ipynb #828b1274
@@ -39,8 +41,8 @@ def find_network(
 
 
 def create_network(
-    model,         # the `model` section of a config
-    shape: tuple,  # of one sample, (C, H, W) for images: the space's
-):                 # an nn.Module called as network(x, time, cond)
+    model: BaseModel,        # the `model` section of a config
+    shape: tuple[int, ...],  # of one sample, (C, H, W) for images: the space's
+):                           # an nn.Module called as network(x, time, cond)
     "The network that a config describes. Raises ValueError for a name that is not registered."
     return find_network(model.name).create(model, shape)

@@ -22,7 +22,7 @@ class GaussianMixture:
     def __init__(self,
         schedule: NoiseSchedule,
         means: Tensor,           # (K, ...) one for each component: of any shape
-        std=0.,                  # standard deviation within a component: a number or (K,)
+        std: float | Tensor = 0.,  # standard deviation within a component: a number or (K,)
         weights: Tensor = None,  # (K,) shares, default equal; their sum does not matter
         labels: Tensor = None,   # (K,) int64 class of each component, for a conditional oracle
         chunk: int = 2048,       # components taken together: bounds the memory

@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -146,8 +146,8 @@ def _meet(self: World, values) -> list[list[float]]:
 
 @patch
 def reduce(self: World,
-    sums=(),    # numbers, or tensors of one element, to be summed over all processes
-    maxima=(),  # of which the largest is wanted; NaN if any is
+    sums: Sequence[float | Tensor] = (),    # to be summed over all processes; tensors of 1 element
+    maxima: Sequence[float | Tensor] = (),  # of which the largest is wanted; NaN if any is
 ) -> tuple[list[float], list[float]]:
     "Sums and maxima over all processes: the same numbers on each, from one meeting."
     columns = list(zip(*self._meet([*sums, *maxima])))
@@ -246,7 +246,9 @@ def main_first(
 
 # %% ../nbs/29_processes.ipynb #94b674f9
 @contextlib.contextmanager
-def catch_signals(names=("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")) -> Iterator[list[int]]:
+def catch_signals(
+    names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"),  # if there are such
+) -> Iterator[list[int]]:
     "Inside `with`, these signals are noted in the yielded list; outside, all is as before."
     caught, old = [], {}
     here = threading.current_thread() is threading.main_thread()  # others cannot set handlers
