@@ -16,7 +16,8 @@ def _waits(answer) -> bool:
     if answer is ...: return True
     if isinstance(answer, (list, tuple)): return any(map(_waits, answer))
     if isinstance(answer, dict): return any(map(_waits, answer.values()))
-    if isinstance(answer, type): return any(map(_waits, vars(answer).values()))
+    if isinstance(answer, type):
+        return any(v is ... or hasattr(v, "__code__") and _waits(v) for v in vars(answer).values())
     if not hasattr(answer, "__code__"): return False
     does = [i for i in dis.get_instructions(answer) if i.opname not in ("RESUME", "COPY_FREE_VARS")]
     if not does[0].opname.endswith("CONST"): return False  # LOAD_CONST, or RETURN_CONST
