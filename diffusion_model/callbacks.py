@@ -8,7 +8,10 @@ __all__ = ['LOGS', 'MEASURES', 'DECIDES', 'SAVES', 'SHOWS', 'CALLBACKS', 'Callba
 
 # %% ../nbs/32_callbacks.ipynb #f6110ef7
 import math
+from collections.abc import Callable
+from typing import Any
 
+from .config import Config
 from .plotting import image_grid, plot_metrics, save_film, save_grid
 from .tracking import read_metrics
 
@@ -21,10 +24,12 @@ class Callback:
     (numbers, lists, dicts) is saved and resumed with the run."""
     order: int = MEASURES  # what kind of thing it does, and so when it is called within a step
 
-    def begin(self, trainer) -> None: "Before the first step."
-    def after_step(self, trainer, metrics: dict) -> None: "After each step."
-    def end(self, trainer) -> None: "After the last step, or the one of a signal."
-    def rescue(self, trainer) -> None: "After a step in which another callback has failed."
+    # `trainer`: a `training.Trainer`, or anything that has what a callback asks of it.
+    # `metrics`: of this step; loss, lr, grad_norm, skipped (images), seconds.
+    def begin(self, trainer: Any) -> None: "Before the first step."
+    def after_step(self, trainer: Any, metrics: dict) -> None: "After each step."
+    def end(self, trainer: Any) -> None: "After the last step, or the one of a signal."
+    def rescue(self, trainer: Any) -> None: "After a step in which another callback has failed."
 
 # %% ../nbs/32_callbacks.ipynb #f482b58c
 def _due(every: int, trainer, last: bool = True) -> bool:
@@ -40,7 +45,7 @@ class Log(Callback):
         self.every, self.state = every, {"losses": [], "skipped": 0}
         self._seconds, self._images = 0., 0
 
-    def after_step(self, trainer, metrics):
+    def after_step(self, trainer: Any, metrics: dict) -> None:
         losses = self.state["losses"]
         losses.append(metrics["loss"])
         self.state["skipped"] += metrics["skipped"]
@@ -56,22 +61,23 @@ class Log(Callback):
         self.state = {"losses": [], "skipped": 0}
         self._seconds, self._images = 0., 0
 
-    def end(self, trainer):
+    def end(self, trainer: Any) -> None:
         metrics = read_metrics(trainer.run_dir) if trainer.world.main else []
         if metrics: plot_metrics(metrics, trainer.run_dir/"loss.png")
 
 # %% ../nbs/32_callbacks.ipynb #d2a4f1fe
 class LearningRate(Callback):
     "A learning rate of your own, a function of the step, instead of the config's."
-    def __init__(self, rate): self.rate = rate  # steps made -> rate of the next one
-    def begin(self, trainer): trainer.rate = self.rate
+    # steps made -> rate of the next one
+    def __init__(self, rate: Callable[[int], float]): self.rate = rate
+    def begin(self, trainer: Any) -> None: trainer.rate = self.rate
 
 # %% ../nbs/32_callbacks.ipynb #3aba09e9
 class Validate(Callback):
     "The validation loss, every so many steps and at the end."
     def __init__(self, every: int): self.every = every
 
-    def after_step(self, trainer, metrics):
+    def after_step(self, trainer: Any, metrics: dict) -> None:
         if not _due(self.every, trainer): return
         with trainer.averaged() as objective:
             values = objective.validate(trainer.datasets.validation, trainer.world,
@@ -87,7 +93,7 @@ class StopEarly(Callback):
     def __init__(self, patience: int):
         self.patience, self.state = patience, {"best": math.inf, "waited": 0}
 
-    def after_step(self, trainer, metrics):
+    def after_step(self, trainer: Any, metrics: dict) -> None:
         step, loss = trainer.validation or (None, None)
         if step != trainer.step: return
         better = loss < self.state["best"]
@@ -102,7 +108,7 @@ class DrawSamples(Callback):
 
     def __init__(self, every: int, images: int = 64): self.every, self.images = every, images
 
-    def after_step(self, trainer, metrics):
+    def after_step(self, trainer: Any, metrics: dict) -> None:
         if not trainer.world.main or not _due(self.every, trainer): return
         last = trainer.step >= trainer.cfg.training.max_steps
         n = min(self.images, trainer.cfg.sampling.num_samples)
@@ -123,15 +129,15 @@ class SaveCheckpoints(Callback):
     def __init__(self, every: int, best: bool = False):
         self.every, self.best, self._saved, self.state = every, best, None, {"loss": math.inf}
 
-    def begin(self, trainer): self._saved = trainer.step
+    def begin(self, trainer: Any) -> None: self._saved = trainer.step
 
-    def after_step(self, trainer, metrics):
+    def after_step(self, trainer: Any, metrics: dict) -> None:
         step, loss = trainer.validation or (None, math.inf)
         better = step == trainer.step and loss < self.state["loss"]
         if better: self.state = {"loss": loss}
         if _due(self.every, trainer, last=False) or better and self.best: self.end(trainer)
 
-    def end(self, trainer):
+    def end(self, trainer: Any) -> None:
         if self._saved != trainer.step: trainer.save()
         self._saved = trainer.step
 
@@ -177,7 +183,7 @@ CALLBACKS = {
 }
 
 
-def default_callbacks(cfg) -> list[Callback]:
+def default_callbacks(cfg: Config) -> list[Callback]:
     "What a run does besides training, as its config says. Raises ValueError for unknown names."
     names = ["log", "validate", *["stop_early"]*bool(cfg.training.patience), "draw", "save"]
     names += [n for n in cfg.logging.callbacks if n not in names]

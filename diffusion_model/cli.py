@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -254,7 +255,7 @@ def _create_trainer(cfg: Config, named: bool):
                                 "on CIFAR10; --config quickstart needs no data") from None
 
 
-def train(args, overrides) -> int:
+def train(args: argparse.Namespace, overrides: list[str]) -> int:
     "Train, as the command line says."
     if args.config is None and args.resume is None and not overrides: raise ConfigError([
         "nothing says what to train: try --config quickstart, which needs no data and a few "
@@ -480,7 +481,7 @@ GRID = 64  # images of the grid
 
 
 def write_samples(
-    stream,                 # batches, as `generation.generate` gives them
+    stream: Iterator,       # batches, as `generation.generate` gives them
     folder: Path,
     names: list[str],       # what each file's name says after its number, one an image
 ) -> tuple[int, int]:       # images written; the signal that stopped it, or 0
@@ -521,7 +522,7 @@ def _file_names(classes: list | None, labels: list[int] | None, n: int) -> list[
     return [words[label] if label >= 0 else "" for label in labels]
 
 # %% ../nbs/43_cli.ipynb #789a9464
-def draw_samples(args, overrides) -> int:
+def draw_samples(args: argparse.Namespace, overrides: list[str]) -> int:
     "Sample, as the command line says."
     words, path = _sampling_words(args, overrides), _checkpoint_path(args.checkpoint)
     from diffusion_model.checkpoint import load_checkpoint

@@ -9,24 +9,25 @@ __all__ = ['load_network', 'load_denoiser', 'Drawn', 'generate']
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights
-from .config import Config
-from .denoiser import Denoiser, create_denoiser, map_cond
+from .config import Config, SamplingConfig
+from .denoiser import Cond, Denoiser, DenoiserLike, create_denoiser, map_cond
 from .networks import create_network
 from .sampler import create_sampler
 from .space import create_space
 
 # %% ../nbs/40_generation.ipynb #abb508b7
 def load_network(
-    path,                       # a run directory, a step directory, or a `Checkpoint`
+    path: Path | str | Checkpoint,  # a run directory, a step directory, or a `Checkpoint`
     ema: bool | str = True,     # averaged weights, where there are any; or the name of an average
-    device="cpu",
+    device: torch.device | str = "cpu",
     network: nn.Module = None,  # to be filled: needed where a run trained a network of its own
 ) -> tuple[nn.Module, Config]:  # in evaluation mode
     "The network of a checkpoint, and its config. Raises CheckpointError."
@@ -56,9 +57,9 @@ def _described(checkpoint: Checkpoint) -> nn.Module:
 
 # %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(
-    path,                       # a run directory (newest checkpoint), a step, or a `Checkpoint`
+    path: Path | str | Checkpoint,  # a run directory (newest checkpoint), a step, or a `Checkpoint`
     ema: bool | str = True,     # as for `load_network`
-    device="cpu",
+    device: torch.device | str = "cpu",
     network: nn.Module = None,  # as for `load_network`
 ) -> Denoiser:                  # with .config, .space and .classes (None: no names)
     "The denoiser of a checkpoint, ready for `sample` and `generate`. Raises CheckpointError."
@@ -111,12 +112,12 @@ def _checked_count(cond, n: int) -> None:
 
 # %% ../nbs/40_generation.ipynb #29afa844
 def generate(
-    denoiser,                # as `load_denoiser` gives it; else pass sampling and space too
+    denoiser: DenoiserLike,  # as `load_denoiser` gives it; else pass sampling and space too
     n: int,                  # images
-    cond=None,               # one for each image: labels (-1: none), vectors, or a dict of tensors
+    cond: Cond = None,       # one for each image: labels (-1: none), vectors, or a dict of tensors
     seed: int = 0,           # image i depends on the seed and i alone
-    sampling=None,           # a `SamplingConfig`; default: the checkpoint's
-    space=None,              # default: the checkpoint's
+    sampling: SamplingConfig = None,  # default: the checkpoint's
+    space: Any = None,       # whatever has shape, range and decode; default: the checkpoint's
     keep: int = 0,           # follow so many of the first batch on their way
     progress: bool = False,  # show a bar
 ) -> Iterator[Drawn]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import Config, ConfigError
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, Datasets, ImageSet
-from .denoiser import create_denoiser, diffusion_loss, map_cond
+from .denoiser import Cond, create_denoiser, diffusion_loss, map_cond
 from .guidance import drop_cond
 from .networks import create_network
 from .processes import World
@@ -55,14 +55,14 @@ class Objective(nn.Module):
         "The module whose averaged weights validate, draw and are saved as 'ema'."
         return self.networks["model"]
 
-    def draw(self, n: int, keep: int = 0):
+    def draw(self, n: int, keep: int = 0) -> tuple[Tensor, list[Tensor]] | None:
         "(uint8 images, frames of the first `keep`), or None where there is nothing to show."
 
 # %% ../nbs/30_objective.ipynb #8dd16c58
 def held_out(
     data: ImageSet,
     world: World,     # each process has its share
-    device,           # where the batches go
+    device: torch.device | str,  # where the batches go
     batch_size: int,
     images: int,      # at most so many, the first
 ) -> Iterator[Batch]:
@@ -104,7 +104,7 @@ class Diffusion(Objective):
         self._check_classes()
 
     @property
-    def networks(self): return {"model": self.denoiser.network}
+    def networks(self) -> dict[str, nn.Module]: return {"model": self.denoiser.network}
 
     def _check_classes(self):
         wanted, there = self.denoiser.num_classes, len(self.datasets.classes or [])
@@ -135,7 +135,7 @@ def times(self: Diffusion,
 
 
 @patch
-def error(self: Diffusion, x0: Tensor, noise: Tensor, t: Tensor, cond) -> Tensor:  # (B,)
+def error(self: Diffusion, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> Tensor:  # (B,)
     "The weighted error of the network's answer."
     d = self.cfg.diffusion
     return diffusion_loss(self.denoiser, x0, noise, t, cond, weighting=d.loss_weighting,
@@ -144,9 +144,9 @@ def error(self: Diffusion, x0: Tensor, noise: Tensor, t: Tensor, cond) -> Tensor
 # %% ../nbs/30_objective.ipynb #ce995eaa
 @patch
 def condition(self: Diffusion,
-    cond,                 # the batch's
+    cond: Cond,           # the batch's
     hide: Tensor = None,  # (B,) uniform in [0, 1): hidden where below `label_dropout`; None: never
-):                        # what the network is given
+) -> Cond:                # what the network is given
     "What the network is conditioned on."
     null = self.denoiser.null_cond
     if null is None or hide is None: return None if null is None else cond

@@ -262,7 +262,7 @@ _FIXED = ("model.", "diffusion.", "data.image_size", "data.channels", "data.mean
 
 @patch
 def resume(self: Trainer,
-    path,      # a run directory (its newest valid checkpoint) or a step directory
+    path: Path | str,  # a run directory (its newest valid checkpoint) or a step directory
 ) -> dict:     # {"section.field": (then, now)}: what the config changed since
     "Go on where a checkpoint stands. Raises where network, diffusion or data are other ones."
     checkpoint = load_checkpoint(path, self.device)
