@@ -30,7 +30,7 @@ RUNS = ["test_training.py", "test_registries.py", "faults/test_numbers.py", "tes
         "test_cli.py", "faults/test_fields.py", "faults/test_saving.py", "faults/test_resume.py"]
 TESTS = {
     "scheduler": CORE, "denoiser": CORE, "oracle": CORE, "guidance": CORE, "editing": CORE,
-    "sampler": [*CORE, "test_parity.py"],
+    "sampler": [*CORE, "test_parity.py"], "solvers": [*CORE, "test_parity.py"],
     "unet_config": ["test_config.py", "faults/test_fields.py", "test_unet.py"],
     "networks": ["test_config.py", "test_unet.py", "test_registries.py"],
     "config": ["faults/test_fields.py", "test_cli.py"],

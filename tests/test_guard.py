@@ -198,6 +198,9 @@ def code(module):
 def test_the_core_is_small():
     core = {name: len(code(name)) for name in ("scheduler", "denoiser", "sampler")}
     assert max(core.values()) <= 400, f"{core}: one module has more than 400 lines of code"
+    assert sum(core.values()) <= 700, f"{core}: together more than 700 lines of code"
+    solvers = len(code("solvers"))
+    assert solvers <= 200, f"solvers: {solvers} lines of code of 200"
 
 
 def test_the_loop_is_small_and_knows_no_image():
