@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LESSONS = ["00_tour.ipynb", "01_scheduler.ipynb"]
+LESSONS = ["00_tour.ipynb", "05_guidance.ipynb"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
 
