@@ -11,6 +11,13 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NAMES = [str(p.relative_to(ROOT/"nbs")) for p in NOTEBOOKS]
+
+
+def cells(notebook: Path) -> list[dict]: return json.loads(notebook.read_text())["cells"]
+
+def source(cell: dict) -> str: return "".join(cell["source"])
 
 
 def urls(root: Path = ROOT) -> dict[str, str]:
@@ -34,8 +41,7 @@ def readme(root: Path = ROOT) -> str:
 
 def pages(root: Path = ROOT) -> list[tuple[str, list[tuple[str, str, str]]]]:
     "The map, part by part: [(part, [(page, its name in the map, what it teaches), ...]), ...]."
-    text = "\n".join("".join(c["source"]) for c in
-                     json.loads((root/"nbs"/"index.ipynb").read_text())["cells"])
+    text = "\n".join(map(source, cells(root/"nbs"/"index.ipynb")))
     parts = []
     for first, second in re.findall(r"^\| (.+?) \| (.*?) ?\|$", text, re.M):
         if heading := re.fullmatch(r"\*\*(.+)\*\*", first): parts.append((heading[1], []))
@@ -57,7 +63,7 @@ def sidebar(root: Path = ROOT) -> str:
 
 def title(path: Path) -> tuple[str, str]:
     "A notebook's title, and the sentence below it."
-    first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    first = source(cells(path)[0])
     return re.match(r"# (.+)\n\n> (.+)", first).groups()
 
 

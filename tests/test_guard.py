@@ -6,13 +6,7 @@ import pytest
 
 import mutants
 import pages
-
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-names = [str(p.relative_to(ROOT/"nbs")) for p in NOTEBOOKS]
-
-
-def read(path): return json.loads(path.read_text())
+from pages import NAMES, NOTEBOOKS, ROOT, cells
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +37,17 @@ def test_modules_equal_notebooks(exported):
     assert not differ, f"{differ} differ from the notebooks: edit the notebook, then `make export`"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebook_is_clean(exported, path):
     "`nbdev-clean` has nothing to do."
     cleaned = (exported/path.relative_to(ROOT)).read_text()
     assert path.read_text() == cleaned, f"{path.name} is not clean: run nbdev-clean"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebook_outputs(path):
     "Saved outputs hold no error, no progress bar, no widget state and no path of a machine."
-    for cell in read(path)["cells"]:
+    for cell in cells(path):
         for output in cell.get("outputs", []):
             source, text = "".join(cell["source"])[:80], json.dumps(output)
             assert output["output_type"] != "error", f"saved error under: {source}"
@@ -63,7 +57,7 @@ def test_notebook_outputs(path):
             assert not machine, f"a path of one machine, {machine[1]}, under: {source}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebook_size(path):
     size = path.stat().st_size
     assert size <= 300 * 1024, f"{path.name} has {size >> 10} KB of 300: save smaller pictures"
@@ -74,16 +68,16 @@ def test_notebooks_size_together():
     assert size <= 5 * 1024**2, f"the notebooks hold {size >> 10} KB of 5120"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebook_form(path):
     "A title and a sentence; words before machinery, which is folded; and lines that fit."
-    cells = read(path)["cells"]
-    first = "".join(cells[0]["source"])
+    book = cells(path)
+    first = "".join(book[0]["source"])
     title = re.fullmatch(r"# .+\n\n> .+(\n> .+)*", first.strip())
     assert title, (f"{path.name} must open with a cell of '# Title' and '> sentence' alone: the "
                    "site shows nothing else of it")
-    assert cells[1]["cell_type"] == "markdown", f"{path.name}: words come before the machinery"
-    for cell in cells:
+    assert book[1]["cell_type"] == "markdown", f"{path.name}: words come before the machinery"
+    for cell in book:
         source = "".join(cell["source"])
         assert "eval: false" not in source, f"{path.name}: Jupyter runs {source}"
         machinery = re.search(r"^#\| *(hide|default_exp|code-fold: true)", source, re.M)
@@ -98,7 +92,7 @@ def test_notebook_form(path):
 def exported_cells():
     "(notebook, first name that it defines, lines without directives) of every exported cell."
     for path in NOTEBOOKS:
-        for cell in read(path)["cells"]:
+        for cell in cells(path):
             source = "".join(cell["source"])
             exported = re.search(r"^#\| *exports?\b", source, re.M)
             if cell["cell_type"] != "code" or not exported: continue
@@ -256,7 +250,7 @@ def test_made_from_the_index(file):
 
 def test_llms_lists_every_page():
     links = re.findall(r"\]\((\S+)\.html\.md\)", (ROOT/"nbs"/"llms.txt").read_text())
-    wanted = [re.sub(r"(^|/)\d+_", r"\1", name.removesuffix(".ipynb")) for name in names]
+    wanted = [re.sub(r"(^|/)\d+_", r"\1", name.removesuffix(".ipynb")) for name in NAMES]
     assert sorted(links) == sorted(wanted)
 
 
@@ -265,7 +259,7 @@ def test_the_map_has_every_notebook():
     text = (ROOT/"nbs"/"index.ipynb").read_text()
     rows = [re.findall(r"\]\(([\w/]+\.ipynb)\)", row) for row in re.findall(r"\| \[.*? \|", text)]
     mapped = [name for row in rows for name in row]
-    wanted = {n for n in names if n != "index.ipynb"}
+    wanted = {n for n in NAMES if n != "index.ipynb"}
     lacks, strange = sorted(wanted - set(mapped)), sorted(set(mapped) - wanted)
     assert not lacks, f"nbs/index.ipynb: the map lacks a line for {lacks}"
     assert not strange, f"nbs/index.ipynb: the map has lines for {strange}, which are not there"

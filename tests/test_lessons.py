@@ -1,15 +1,12 @@
 """Every notebook, run from top to bottom as Jupyter runs it: a plain kernel, nothing but the built
 wheel, and an empty folder. Its exercises wait, know their solution, and tell a wrong answer so."""
 import ast, os, re, subprocess, sys, tomllib
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-names = [str(p.relative_to(ROOT/"nbs")) for p in NOTEBOOKS]
+from pages import NAMES, NOTEBOOKS, ROOT
 
 
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
@@ -50,7 +47,7 @@ def wheel(tmp_path_factory):
     return top/"installed"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_exercises_are_whole(path):
     "A folded check, a cell that waits, a folded solution, and a wrong answer to plant."
     cells = code_cells(path)

@@ -1,13 +1,12 @@
 "The site's pages as nbdev hands them to Quarto, which is not needed here."
-import json, os, re, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-names = [str(p.relative_to(ROOT/"nbs")) for p in NOTEBOOKS]
+from pages import NAMES, ROOT, cells, source
+
 PROCESS = """
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
@@ -15,10 +14,6 @@ if __name__ == "__main__":
     refresh_quarto_yml()
     proc_nbs(n_workers=2)
 """
-
-
-def read(path): return json.loads(path.read_text())["cells"]
-def source(cell): return "".join(cell["source"])
 
 
 def text_of(cell):
@@ -46,31 +41,31 @@ def site(tmp_path_factory):
 
 def test_every_page_is_there(site):
     pages = {str(p.relative_to(site)) for p in site.rglob("*.ipynb")}
-    assert pages == set(names)
+    assert pages == set(NAMES)
     for file in ("llms.txt", "styles.css", "sidebar.yml", "images/film.gif",
                  "images/favicon.png", "images/social.png"):
         assert (site/file).is_file(), f"the site lacks {file}"
 
 
-@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("name", NAMES)
 def test_page_keeps_its_opening(site, name):
     "nbdev drops the first cell but for title and sentence; what follows it stands on the page."
-    page = "\n".join(source(c) for c in read(site/name))
+    page = "\n".join(source(c) for c in cells(site/name))
     def words(text): return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").split()
-    opening = words(source(read(ROOT/"nbs"/name)[1]))
+    opening = words(source(cells(ROOT/"nbs"/name)[1]))
     assert opening and " ".join(opening) in " ".join(words(page))
 
 
 def test_front_page_shows_the_film(site):
-    cells = [source(c) for c in read(site/"index.ipynb") if c["cell_type"] == "markdown"]
-    assert any("images/film.gif" in text for text in cells[:3])
+    words = [source(c) for c in cells(site/"index.ipynb") if c["cell_type"] == "markdown"]
+    assert any("images/film.gif" in text for text in words[:3])
 
 
-@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("name", NAMES)
 def test_page_shows_the_code_of_the_library(site, name):
     "Every definition of the module stands on its page; a heading to link to stands above it."
-    page = [source(c) for c in read(site/name)]
-    for cell in read(ROOT/"nbs"/name):
+    page = [source(c) for c in cells(site/name)]
+    for cell in cells(ROOT/"nbs"/name):
         text = source(cell)
         if cell["cell_type"] != "code" or not re.search(r"^#\| *exports?\b", text, re.M): continue
         body = "\n".join(x for x in text.splitlines() if not x.startswith("#|")).strip()
@@ -80,18 +75,18 @@ def test_page_shows_the_code_of_the_library(site, name):
         else: assert not defines, f"{name} hides the code of {defines}: write #| exports"
 
 
-@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("name", NAMES)
 def test_page_entries_say_what_they_are(site, name):
-    for cell in read(site/name):
+    for cell in cells(site/name):
         text = text_of({**cell, "source": ""})
         assert "(*args, **kwargs)" not in re.sub(r"\s+(?=\*)|(?<=kwargs)\s+", "", text)
         assert "__main__" not in text, text
 
 
-@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("name", NAMES)
 def test_figures_have_words(name):
     "Who cannot see a figure is told what is to be seen."
-    for cell in read(ROOT/"nbs"/name):
+    for cell in cells(ROOT/"nbs"/name):
         images = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
         alt = re.search(r'^#\| fig-alt: "([^"]+)"$', source(cell), re.M)
         if images: assert alt and len(alt[1]) > 20, f"{name}: no fig-alt: {source(cell)[:300]}"
@@ -108,7 +103,7 @@ def anchor(heading):
 
 
 def anchors(path):
-    text = "\n".join(text_of(c) if "show_doc" in source(c) else source(c) for c in read(path)
+    text = "\n".join(text_of(c) if "show_doc" in source(c) else source(c) for c in cells(path)
                      if c["cell_type"] == "markdown" or "show_doc" in source(c))
     return {anchor(h) for h in re.findall(r"^#+ +(.+)$", text, re.M)}
 
@@ -118,16 +113,16 @@ def targets(site):
     "{page without its ending: its anchors}; pages go by the names of their files and of the site."
     found = {}
     for path in site.rglob("*.ipynb"):
-        output = re.search(r"output-file: (\S+)\.html", source(read(path)[0]))[1]
+        output = re.search(r"output-file: (\S+)\.html", source(cells(path)[0]))[1]
         folder = path.parent.relative_to(site)
         for stem in (path.stem, output): found[str(folder/stem)] = anchors(path)
     return found
 
 
-@pytest.mark.parametrize("name", names)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_link_is_dead(site, targets, name):
     here = (site/name).parent
-    for cell in read(site/name):
+    for cell in cells(site/name):
         if cell["cell_type"] != "markdown": continue
         for link in re.findall(r"\]\(([^)\s]+)(?: [^)]*)?\)", source(cell)):
             if re.match(r"https?:|mailto:", link): continue
@@ -157,6 +152,6 @@ def test_long_lines_wrap():
 def test_sidebar_is_numbered_in_parts(site):
     bar = yaml.safe_load((site/"sidebar.yml").read_text())["website"]["sidebar"]["contents"]
     pages = [bar[0]["href"]] + [p["href"] for part in bar[1:] for p in part["contents"]]
-    assert sorted(pages) == sorted(names)
+    assert sorted(pages) == sorted(NAMES)
     assert "What diffusion is" in [part.get("section") for part in bar]
     assert bar[1]["contents"][0]["text"].startswith("00 ")
