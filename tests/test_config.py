@@ -577,3 +577,15 @@ def test_every_entry_leads_to_a_field_and_gives_a_reason():
     for name, (now, reason) in MIGRATIONS.items():
         assert name not in fields and reason, name
         assert now is None or now in fields | set(MIGRATIONS), name
+
+
+@pytest.mark.parametrize("text, value", [
+    ("true", True), ("True", True), ("TRUE", True), ("false", False), ("False", False),
+    ("FALSE", False), ("null", None), ("~", None), ("", None), ("1e-4", 1e-4), (".5", 0.5),
+    ("-2", -2), ("1_000", "1_000"), ("yes", "yes"), ("0x10", "0x10"), ("1:30", "1:30")])
+def test_what_a_word_of_yaml_is(text, value):
+    "YAML 1.2's words, not 1.1's: no `yes`, no base sixty; `1e-4` is a number."
+    import yaml
+    from diffusion_model.config import _Loader
+    found = yaml.load(f"x: {text}", _Loader)["x"]
+    assert found == value and type(found) is type(value)
