@@ -1,18 +1,22 @@
 "The loop's promises: where a run stands, parts of a batch, half precision, callbacks."
+import copy
 import functools
+import math
 import os
 
 import pytest
 import torch
 
 from diffusion_model.callbacks import (
-    Callback, DrawSamples, LearningRate, Log, SaveCheckpoints, StopEarly, Validate)
+    DECIDES, LOGS, MEASURES, SAVES, SHOWS, Callback, DrawSamples, LearningRate, Log,
+    SaveCheckpoints, StopEarly, Validate)
 from diffusion_model.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_model.cli import sample_command
 from diffusion_model.config import ConfigError, load_config
-from diffusion_model.dataset import create_loader
+from diffusion_model.dataset import Batch, create_loader
 from diffusion_model.generation import load_network
 from diffusion_model.objective import spread_uniform
+from diffusion_model.optimizer import create_optimizer
 from diffusion_model.tracking import read_metrics, read_status
 from diffusion_model.training import Trainer
 
@@ -52,6 +56,141 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, parts):
     (whole, told), (sum_, told_of_parts) = gradient(1), gradient(parts)
     torch.testing.assert_close(sum_, whole, rtol=1e-4, atol=1e-6)
     assert told_of_parts["loss"] == pytest.approx(told["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("longest", [0, 0.05, 1e3])
+def test_a_step_is_what_plain_torch_does(tmp_path, longest):
+    "Rate, clipping, step and every average, against a loop that knows nothing of the trainer."
+    trainer = Trainer(small(tmp_path, dropout=0, max_grad_norm=longest, ema_decay=0.5,
+                            ema_more="[0.9]", learning_rate=1e-2), callbacks=[])
+    network = copy.deepcopy(trainer.objective)
+    weights = dict(network.averaged.named_parameters())
+    adam = create_optimizer(trainer.cfg.training, network)
+    averages = {d: {k: w.detach().clone() for k, w in weights.items()} for d in (0.5, 0.9)}
+    for step in range(4):
+        batch = trainer.loader.at(step)
+        told = trainer.train_step(batch)
+        adam.param_groups[0]["lr"] = adam.param_groups[-1]["lr"] = 1e-2*(step + 1)/5  # warm-up
+        adam.zero_grad()
+        loss = network(batch).mean()
+        loss.backward()
+        size = torch.nn.utils.clip_grad_norm_(weights.values(), longest or math.inf)
+        adam.step()
+        for d, average in averages.items():
+            keep = min(d, (1 + step)/(10 + step))
+            for k, w in weights.items(): average[k].lerp_(w.detach(), 1 - keep)
+        assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert told["grad_norm"] == pytest.approx(size.item(), rel=1e-4)
+        assert told["lr"] == pytest.approx(1e-2*(step + 1)/5)
+    for name, d in (("ema", 0.5), ("ema_0.9", 0.9)):
+        for k, w in trainer.emas[name].network.named_parameters():
+            torch.testing.assert_close(w, averages[d][k], rtol=1e-3, atol=1e-5)
+    for k, w in trainer.objective.averaged.named_parameters():
+        torch.testing.assert_close(w, weights[k], rtol=1e-3, atol=1e-5)
+
+
+def test_images_that_are_left_out_are_not_of_the_mean(tmp_path):
+    "Where two of six cannot be read, the step is that of a batch of four."
+    def stepped(size, **change):
+        trainer = Trainer(small(tmp_path, dropout=0, batch_size=size, max_grad_norm=0.05),
+                          callbacks=[])
+        told = trainer.train_step(six.rows(slice(4)))
+        return [p.detach().clone() for p in trainer.objective.averaged.parameters()], told
+    six = Trainer(small(tmp_path), callbacks=[]).loader.at(0)
+    (short, told), (four, told_of_four) = stepped(6), stepped(4)
+    torch.testing.assert_close(short, four, rtol=1e-4, atol=1e-6)
+    assert told["skipped"] == 2 and told_of_four["skipped"] == 0
+    for key in ("loss", "grad_norm"): assert told[key] == pytest.approx(told_of_four[key], rel=1e-5)
+
+
+def test_dropout_depends_on_the_step_and_the_part(tmp_path):
+    trainer = Trainer(small(tmp_path, dropout=0.5, accumulation=2), callbacks=[])
+    three = trainer.loader.at(0).rows(slice(3))
+    twice = Batch(torch.cat([three.images]*2), torch.cat([three.cond]*2),
+                  torch.cat([three.positions]*2))
+    trainer.objective.train()
+    with torch.no_grad():  # at first the network's answer is zero whatever is dropped
+        for p in trainer.objective.averaged.parameters(): p.add_(0.1)
+    first, again = trainer.backward(twice), trainer.backward(twice)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first[:3], first[3:])  # the other part, of the same images
+    trainer.step = 1
+    assert not torch.allclose(trainer.backward(twice), first)
+
+
+@pytest.mark.parametrize("precision, kind", [("fp32", None), ("bf16", torch.bfloat16)])
+def test_precision_is_what_the_config_says(tmp_path, precision, kind):
+    trainer, seen = Trainer(small(tmp_path, precision=precision), callbacks=[]), []
+    trainer.objective.averaged.register_forward_pre_hook(lambda *_: seen.append(
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+    trainer.train_step(trainer.loader.at(0))
+    assert set(seen) == {kind}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, value):
+    trainer = Trainer(small(tmp_path), callbacks=[])
+    weight = next(trainer.objective.averaged.parameters())
+    weight.register_hook(lambda grad: torch.full_like(grad, value))
+    before = copy.deepcopy(trainer.objective.state_dict())
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        trainer.train_step(trainer.loader.at(0))
+    assert trainer.step == 0
+    for key, tensor in trainer.objective.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_what_is_judged_are_the_averaged_weights_without_dropout(tmp_path):
+    trainer = Trainer(small(tmp_path, ema_decay=0.9), callbacks=[])
+    for step in range(3): trainer.train_step(trainer.loader.at(step))
+    def weights(network): return [p.detach().clone() for p in network.parameters()]
+    own, average = weights(trainer.objective.averaged), weights(trainer.ema.network)
+    assert not all(map(torch.equal, own, average))
+    for training in (True, False):
+        trainer.objective.train(training)
+        with trainer.averaged() as judged:
+            assert all(map(torch.equal, weights(judged.averaged), average))
+            assert not any(m.training for m in judged.modules())
+        assert all(map(torch.equal, weights(trainer.objective.averaged), own))
+        assert all(m.training == training for m in trainer.objective.averaged.modules())
+
+
+def test_the_seed_decides_weights_and_order(tmp_path):
+    one, same, other = (Trainer(small(tmp_path, **{"training.seed": seed}), callbacks=[])
+                        for seed in (1, 1, 2))
+    def weights(trainer): return list(trainer.objective.averaged.parameters())
+    assert all(map(torch.equal, weights(one), weights(same)))
+    assert not all(map(torch.equal, weights(one), weights(other)))
+    batches = [t.loader.at(0) for t in (one, same, other)]
+    assert torch.equal(batches[0].images, batches[1].images)
+    assert not torch.equal(batches[0].images, batches[2].images)
+    for trainer, batch in zip((one, same, other), batches):
+        alone = create_loader(trainer.datasets.train, 6, trainer.cfg.training.seed).at(0)
+        assert torch.equal(batch.images, alone.images) and torch.equal(batch.cond, alone.cond)
+
+
+def test_a_checkpoint_has_its_own_score_and_the_classes(tmp_path):
+    trainer = Trainer(small(tmp_path), callbacks=[])
+    trainer.step, trainer.validation = 3, (3, 0.25)
+    assert load_checkpoint(trainer.save()).score == 0.25
+    trainer.step = 4  # not validated again
+    checkpoint = load_checkpoint(trainer.save())
+    assert checkpoint.score is None and checkpoint.classes == trainer.datasets.classes != []
+
+
+def test_callbacks_are_called_by_their_order_not_as_listed(tmp_path):
+    called = []
+
+    class Notes(Callback):
+        def __init__(self, order): self.order = order
+        def begin(self, trainer): called.append(("begin", self.order))
+        def after_step(self, trainer, metrics): called.append(("step", self.order))
+        def end(self, trainer): called.append(("end", self.order))
+    Trainer(small(tmp_path, max_steps=1), callbacks=[
+        Notes(order) for order in (SHOWS, SAVES, LOGS, DECIDES, MEASURES)]).fit()
+    kinds = [LOGS, MEASURES, DECIDES, SAVES, SHOWS]
+    assert called == [*(("begin", k) for k in kinds), *(("step", k) for k in kinds),
+                      ("end", SAVES), *(("end", k) for k in kinds if k != SAVES)]
 
 
 def test_more_parts_than_images(tmp_path):
