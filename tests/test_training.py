@@ -92,13 +92,13 @@ def test_a_step_is_what_plain_torch_does(tmp_path, longest):
 def test_images_that_are_left_out_are_not_of_the_mean(tmp_path):
     "Where two of six cannot be read, the step is that of a batch of four."
     def stepped(size, **change):
-        trainer = Trainer(small(tmp_path, dropout=0, batch_size=size, max_grad_norm=0.05),
+        trainer = Trainer(small(tmp_path, dropout=0, batch_size=size, max_grad_norm=0),
                           callbacks=[])
         told = trainer.train_step(six.rows(slice(4)))
-        return [p.detach().clone() for p in trainer.objective.averaged.parameters()], told
+        return [p.grad for p in trainer.objective.averaged.parameters()], told
     six = Trainer(small(tmp_path), callbacks=[]).loader.at(0)
     (short, told), (four, told_of_four) = stepped(6), stepped(4)
-    torch.testing.assert_close(short, four, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(short, four, rtol=1e-4, atol=1e-7)
     assert told["skipped"] == 2 and told_of_four["skipped"] == 0
     for key in ("loss", "grad_norm"): assert told[key] == pytest.approx(told_of_four[key], rel=1e-5)
 
