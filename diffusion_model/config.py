@@ -498,7 +498,10 @@ def _wrong(section: str, cls: type, error: dict) -> str:
         allowed = allowed.replace("a number", "a finite number")
     found = repr(value)
     if len(found) > 80: found = f"{found[:60]}… ({len(found)} characters)"
-    return f"{section}.{place[0]}: found {found}; allowed: {allowed}"
+    registry = REGISTRIES.get(f"{section}.{place[0]}")
+    own = f"; one of your own is first entered in {registry.module}.{registry.table}" \
+        if registry and isinstance(value, str) else ""
+    return f"{section}.{place[0]}: found {found}; allowed: {allowed}{own}"
 
 
 def _build_sections(values: dict, sections: dict) -> tuple[dict, list[str]]:

@@ -127,7 +127,8 @@ def _check_solver(solver: str, eta: float, churn: Churn) -> None:
     if solver not in SOLVERS:
         near = difflib.get_close_matches(solver, SOLVERS, n=1)
         raise ValueError(f"solver: found '{solver}'; known are {', '.join(SOLVERS)}"
-                         + (f"; did you mean {near[0]}?" if near else ""))
+                         + (f"; did you mean {near[0]}?" if near else
+                            "; one of your own is registered by SOLVERS[name] = Solver(step)"))
     if not 0 <= eta <= 1: raise ValueError(f"eta: found {eta}; allowed: 0 (DDIM) to 1 (DDPM)")
     for name, value in (("eta", eta), ("churn", churn.amount)):
         if not value or name in SOLVERS[solver].options: continue
