@@ -354,7 +354,7 @@ def test_what_is_registered_is_accepted_and_listed(name, monkeypatch, write):
                 load_config(write(f"{section}: {{{field}: {json.dumps(value)}}}"))):
         assert getattr(getattr(cfg, section), field) == value
     said = next(line for line in lines("default", [f"--{name}", "tyo"]) if line.startswith(name))
-    names, _, own = said.partition("; ")
+    names, _, own = said.rpartition("; ")
     assert names.endswith(", ".join([*registry.shipped, "toy"])), said
     assert own == f"one of your own is first entered in {registry.module}.{registry.table}"
     assert ", ".join([*registry.shipped, "toy"]) in config_help()
