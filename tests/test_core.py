@@ -790,3 +790,9 @@ def test_every_combination(name, prediction, solver, spacing, steps, seed, stoch
     assert torch.allclose(whole/scale, torch.cat([go(0, 1)[-1].x, go(1, 3)[-1].x])/scale, atol=1e-6)
     # the last step gives x̂_0: no noise is left
     assert torch.allclose(whole/scale, states[-1].pred.x0/scale, atol=1e-9)
+
+
+def test_leading_strides_are_whole_and_equal():
+    "Times i·⌊T/steps⌋, where steps does not divide T, too (the stride is rounded, not the times)."
+    grid = VPSchedule(linear_betas(1000)).grid(7, "leading")
+    assert grid.tolist() == [852, 710, 568, 426, 284, 142, 0, -1]
