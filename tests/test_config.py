@@ -167,6 +167,12 @@ def test_bases_in_a_chain(write):
     assert (cfg.training.seed, cfg.training.max_steps, cfg.data.dataset) == (2, 7, "shapes")
 
 
+def test_what_is_wrong_in_a_base_is_said(write):
+    write("base: quickstart\ntrainig: {seed: 1}\ndata: 3", "a.yaml")
+    found = lines(write("base: a.yaml\nsampling: {steps: many}", "b.yaml"))
+    assert [line.split(":")[0] for line in found] == ["trainig", "data", "sampling.steps"]
+
+
 def test_a_circle_of_bases(write):
     write("base: b.yaml", "a.yaml")
     assert "cannot be its own base" in lines(write("base: a.yaml", "b.yaml"))[0]
