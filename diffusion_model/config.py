@@ -498,10 +498,9 @@ def _wrong(section: str, cls: type, error: dict) -> str:
         allowed = allowed.replace("a number", "a finite number")
     found = repr(value)
     if len(found) > 80: found = f"{found[:60]}… ({len(found)} characters)"
-    registry = REGISTRIES.get(f"{section}.{place[0]}")
-    own = f"; one of your own is first entered in {registry.module}.{registry.table}" \
-        if registry and isinstance(value, str) else ""
-    return f"{section}.{place[0]}: found {found}; allowed: {allowed}{own}"
+    if (registry := REGISTRIES.get(f"{section}.{place[0]}")) and isinstance(value, str):
+        allowed += f"; one of your own is first entered in {registry.module}.{registry.table}"
+    return f"{section}.{place[0]}: found {found}; allowed: {allowed}"
 
 
 def _build_sections(values: dict, sections: dict) -> tuple[dict, list[str]]:
