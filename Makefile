@@ -24,20 +24,20 @@ $(READY): pyproject.toml
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
 	$(BIN)/diffusion-train --config quickstart --resume $(ARGS)
 
-test: lint notebooks pytest  ## Run the linter, every notebook, every test and the guard
+test: lint pytest  ## Run the linter, every notebook (as Jupyter does), every test and the guard
 
 lint: $(READY)  ## Look for likely mistakes and lines of more than 100 columns (quick)
 	$(BIN)/ruff check
 
 # Each notebook in a process of its own, so that none can lean on what another left behind.
-notebooks: $(READY)  ## Run every notebook as a test
+notebooks: $(READY)  ## Run every notebook by nbdev alone (quicker than all of `make test`)
 	@find nbs -name '*.ipynb' -not -path '*/.*' | sort | \
 	  OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} sh -c \
 	  '$(BIN)/nbdev-test {} --n-workers 0 >{}.log 2>&1; code=$$?; \
 	   if [ $$code = 0 ]; then echo "passed {}"; else echo "FAILED {}"; cat {}.log; fi; rm -f {}.log; exit $$code'
 
 pytest: $(READY)  ## Run the tests and the guard (exports equal notebooks, clean, within size)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 faults: $(READY)  ## Run every test of a fault (kills, full disks, bad files, ...); print both tables
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "fault or mended"

@@ -502,7 +502,7 @@ def _wrong(section: str, cls: type, error: dict) -> str:
         allowed += f"; one of your own is first entered in {registry.module}.{registry.table}"
     return f"{section}.{place[0]}: found {found}; allowed: {allowed}"
 
-
+# %% ../nbs/20_config.ipynb #2c3d1b8d
 def _build_sections(values: dict, sections: dict) -> tuple[dict, list[str]]:
     "Each section validated on its own, and a line for every field that is wrong."
     built, lines = {}, []

@@ -39,7 +39,8 @@ TESTS = {
     "optimizer": ["test_training.py"], "ema": ["test_training.py"],
     "checkpoint": ["faults/test_saving.py", "test_training.py"],
     "tracking": ["test_training.py", "test_cli.py", "faults/test_saving.py"],
-    "processes": ["test_launchers.py", "test_training.py", "faults/test_numbers.py", "faults/test_processes.py"],
+    "processes": ["test_launchers.py", "test_training.py", "faults/test_numbers.py",
+                  "faults/test_processes.py"],
     "objective": RUNS, "training": RUNS, "callbacks": RUNS, "generation": ["test_cli.py", *RUNS],
     "cli": ["faults/test_fields.py", "faults/test_saving.py"],
 }

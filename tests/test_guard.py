@@ -29,6 +29,7 @@ def exported(tmp_path_factory):
 def test_there_are_notebooks(): assert len(NOTEBOOKS) > 10
 
 
+@pytest.mark.xdist_group("exported")  # one process makes the copy, for all
 def test_modules_equal_notebooks(exported):
     "No generated module was edited by hand, is missing, or outlived its notebook."
     def modules(top): return {p.name: p.read_text() for p in (top/"diffusion_model").glob("*.py")}
@@ -37,6 +38,7 @@ def test_modules_equal_notebooks(exported):
     assert not differ, f"{differ} differ from the notebooks: edit the notebook, then `make export`"
 
 
+@pytest.mark.xdist_group("exported")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebook_is_clean(exported, path):
     "`nbdev-clean` has nothing to do."

@@ -8,6 +8,7 @@ import home
 import pages
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("home")  # one process makes the copy, for all
 HOME = "https://github.com/someone/diffusion_model"
 HAS_HOME = "Repository" in pages.urls()
 

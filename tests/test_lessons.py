@@ -1,6 +1,7 @@
 """Every notebook, run from top to bottom as Jupyter runs it: a plain kernel, nothing but the built
 wheel, and an empty folder. Its exercises wait, know their solution, and tell a wrong answer so."""
 import ast, os, re, subprocess, sys, tomllib
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -94,6 +95,13 @@ def test_runs_in_jupyter(path, wheel, tmp_path, monkeypatch):
         assert "Not yet" in said(planted[name]), f"{name}: {wrong[name]}: {said(planted[name])}"
         praised = said(cells[where["solution"]])
         assert "Right!" in praised, f"{name}: {praised}"
+
+
+def test_nbdev_runs_a_notebook():
+    "nbdev's own command, as `make notebooks` and users call it."
+    command = [Path(sys.executable).parent/"nbdev_test", "nbs/exercises.ipynb", "--n-workers", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_notebooks_need_only_what_the_package_needs():

@@ -7,6 +7,7 @@ import yaml
 
 from pages import NAMES, ROOT, cells, source
 
+pytestmark = pytest.mark.xdist_group("site")  # one process makes the copy, for all
 PROCESS = """
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
