@@ -9,8 +9,8 @@ from PIL import Image
 from diffusion_model import dataset
 from diffusion_model.config import DataConfig
 from diffusion_model.counters import permutation
-from diffusion_model.dataset import (ImageSet, Shapes, create_dataset, create_loader, draw_shapes,
-                                     scan_folder)
+from diffusion_model.dataset import (Batch, ImageSet, Shapes, create_dataset, create_loader,
+                                     draw_shapes, scan_folder)
 from diffusion_model.transforms import create_transform
 
 REAL = Path(__file__).resolve().parent.parent.parent/"shared"/"data"
@@ -328,3 +328,16 @@ def test_every_colour_stands_out_from_its_ground():
     front = luminance(dataset.PALETTE)[:, None]
     ratio = (torch.maximum(front, back) + 0.05)/(torch.minimum(front, back) + 0.05)
     assert ratio.min() > 2.5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_batch_that_cannot_be_read_ends_the_loop(workers):
+    "Batches before it come; it is an error, and not left out in silence."
+    class Breaks:
+        def __len__(self): return 12
+        def batch(self, positions, *_):
+            if 4 in positions.tolist(): raise ValueError("image 4 is broken")
+            return Batch(torch.zeros(len(positions), 1, 2, 2), None, positions)
+    batches = iter(create_loader(Breaks(), 4, seed=0, num_workers=workers))
+    assert next(batches).positions.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="image 4 is broken"): next(batches)

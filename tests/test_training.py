@@ -338,3 +338,22 @@ def test_a_compiled_network_takes_the_same_step(tmp_path, monkeypatch):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
     states = [t.objective.averaged.state_dict() for t in (plain, compiled)]
     assert list(states[0]) == list(states[1])  # no prefix in its checkpoints
+
+
+@pytest.mark.parametrize("order", [LOGS, MEASURES, SHOWS])
+def test_a_step_that_was_made_is_saved_where_a_callback_fails(tmp_path, order):
+    "No checkpoint is due at that step: it is saved because something failed."
+    class Fails(Callback):
+        def after_step(self, trainer, metrics):
+            if trainer.step == 3: raise OSError("one bad image")
+    fails = Fails()
+    fails.order = order
+    trainer = Trainer(small(tmp_path), callbacks=[fails, SaveCheckpoints(100)])
+    with pytest.raises(OSError, match="one bad image"): trainer.fit()
+    assert [load_checkpoint(path).step for path in list_checkpoints(tmp_path)] == [3]
+
+
+def test_only_the_main_process_saves(tmp_path, monkeypatch):
+    trainer = Trainer(small(tmp_path), callbacks=[])
+    monkeypatch.setattr(type(trainer.world), "main", False)
+    assert trainer.save() is None and not list_checkpoints(tmp_path)
