@@ -335,7 +335,7 @@ def test_the_first_batch_that_cannot_be_read_ends_the_loop(workers):
     "Batches before it come; it is an error, and not left out in silence."
     class Breaks:
         def __len__(self): return 12
-        def batch(self, positions, *_):
+        def batch(self, _, positions):
             if 4 in positions.tolist(): raise ValueError("image 4 is broken")
             return Batch(torch.zeros(len(positions), 1, 2, 2), None, positions)
     batches = iter(create_loader(Breaks(), 4, seed=0, num_workers=workers))
