@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Moments', 'frechet_distance', 'fd', 'kid', 'wasserstein_1d', 'mind', 'nearest', 'radii', 'precision',
            'recall', 'density', 'coverage', 'class_accuracy', 'memorised', 'Evidence', 'Metric', 'score']
 
-# %% ../nbs/41_evaluation.ipynb #df033cd8
+# %% ../nbs/41_evaluation.ipynb #9c8be59c
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .counters import counter_normal
 
-# %% ../nbs/41_evaluation.ipynb #df318f33
+# %% ../nbs/41_evaluation.ipynb #d28e70f7
 def _features(**named: Tensor) -> list[Tensor]:  # each (N, d) float64
     "In float64. Raises ValueError for what is not a matrix of finite rows, all of one width."
     width, checked = None, []
@@ -37,7 +37,7 @@ def _features(**named: Tensor) -> list[Tensor]:  # each (N, d) float64
         checked.append(x)
     return checked
 
-# %% ../nbs/41_evaluation.ipynb #225dd170
+# %% ../nbs/41_evaluation.ipynb #66e95d47
 class Moments:
     "Mean and covariance of rows that come in batches: of any size, in any order."
     def __init__(self):
@@ -61,7 +61,7 @@ def update(self: Moments, features: Tensor) -> Moments:  # (n, d) a batch; itsel
     batch._scatter = centred.T @ centred
     return self.merge(batch)
 
-# %% ../nbs/41_evaluation.ipynb #19301733
+# %% ../nbs/41_evaluation.ipynb #f796f815
 @patch
 def merge(self: Moments, other: Moments) -> Moments:  # itself, with the other's rows
     "Join two parts of one set (Chan et al. 1979, Eq. 2.1), of two processes for example."
@@ -78,7 +78,7 @@ def merge(self: Moments, other: Moments) -> Moments:  # itself, with the other's
     self.count = total
     return self
 
-# %% ../nbs/41_evaluation.ipynb #d5696e73
+# %% ../nbs/41_evaluation.ipynb #d3db5fcc
 def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:  # eigenvalues (d,), vectors (d, d)
     "Of a matrix that has no eigenvalue below 0: what is at the size of rounding errors is 0."
     values, vectors = torch.linalg.eigh(matrix)
@@ -103,21 +103,17 @@ def fd(
     samples, reference = _features(samples=samples, reference=reference)
     return frechet_distance(Moments().update(samples), Moments().update(reference))
 
-# %% ../nbs/41_evaluation.ipynb #12f257e4
-_ELEMENTS = 2**20  # numbers of a matrix of pairs that stand in memory at once: 8 MB
-
-
-def _parts(x: Tensor, width: int) -> Iterator[Tensor]:
-    "Rows of x, so many at a time that each may have `width` numbers."
-    return iter(x.split(max(1, _ELEMENTS//width)))
+# %% ../nbs/41_evaluation.ipynb #07d3daa1
+_SIDE = 1024  # rows of either set that are compared at once: 1024² pairs are 8 MB
 
 
 def _kernel_mean(x: Tensor, y: Tensor, others: bool = False) -> float:
     "Mean of (xᵀy/d + 1)³ over all pairs; `others`: x is y, and no row is its own partner."
     total = 0.
-    for part in _parts(x, len(y)):
-        base = part @ y.T/x.shape[1] + 1
-        total += (base*base*base).sum().item()
+    for rows in x.split(_SIDE):
+        for columns in y.split(_SIDE):
+            base = rows @ columns.T/x.shape[1] + 1
+            total += (base*base*base).sum().item()
     if not others: return total/(len(x)*len(y))
     alone = ((x.square().sum(1)/x.shape[1] + 1)**3).sum().item()
     return (total - alone)/(len(x)*(len(x) - 1))
@@ -133,13 +129,13 @@ def kid(
     within = _kernel_mean(samples, samples, True) + _kernel_mean(reference, reference, True)
     return within - 2*_kernel_mean(samples, reference)
 
-# %% ../nbs/41_evaluation.ipynb #70615823
+# %% ../nbs/41_evaluation.ipynb #edc72714
 def _enough(least: int, **named: Tensor) -> None:
     for name, x in named.items():
         if len(x) < least: raise ValueError(
             f"{name}: found {len(x)} rows; allowed: at least {least}: bring more images")
 
-# %% ../nbs/41_evaluation.ipynb #00430b20
+# %% ../nbs/41_evaluation.ipynb #43b1d2bd
 def wasserstein_1d(
     a: Tensor,      # (N, L) numbers; each column is a set of its own
     b: Tensor,      # (M, L)
@@ -155,7 +151,7 @@ def wasserstein_1d(
     between = (a[:, (ends - 1)//M] - b[:, (ends - 1)//N]).abs()
     return between**p @ widths
 
-# %% ../nbs/41_evaluation.ipynb #84be06d3
+# %% ../nbs/41_evaluation.ipynb #e928cd4b
 def mind(
     samples: Tensor,          # (N, d) features
     reference: Tensor,        # (M, d)
@@ -167,36 +163,49 @@ def mind(
     d, total = samples.shape[1], 0.
     directions = counter_normal(seed, "directions", torch.arange(projections), (d,)).to(samples)
     directions = directions/directions.norm(dim=1, keepdim=True)
-    for some in _parts(directions, len(samples) + len(reference)):
+    for some in directions.split(max(1, _SIDE**2//(len(samples) + len(reference)))):
         total += wasserstein_1d(samples @ some.T, reference @ some.T).sum().item()
     return 3*d*total/projections
 
-# %% ../nbs/41_evaluation.ipynb #c75f4373
-def _squares(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "For some rows of x at a time: their numbers, ‖x_i − y_j‖² (n, M), and how wrong it may be."
-    middle = y.mean(0)
-    x, y = x - middle, y - middle  # a common shift would cost digits
-    x2, y2 = x.square().sum(1, keepdim=True), y.square().sum(1)
-    for rows in _parts(torch.arange(len(x), device=x.device), len(y)):
-        size = x2[rows] + y2
-        yield rows, torch.addmm(size, x[rows], y.T, alpha=-2), 1e-12*size
+# %% ../nbs/41_evaluation.ipynb #cbe74691
+def _squares(x: Tensor, y: Tensor) -> Tensor:  # (n, m)
+    "‖x_i − y_j‖² of all pairs from one matrix product, with the rounding errors of its terms."
+    product = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
+    return product.add_(x.square().sum(1, keepdim=True))
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:
     "‖x − y‖ of rows: of two equal pairs to the last digit the same."
     return (x - y).square().sum(-1).sqrt()
 
-# %% ../nbs/41_evaluation.ipynb #0c46d9ed
+
+def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    "A shift of both changes no distance, but costs `_squares` digits."
+    return x - y.mean(0), y - y.mean(0)
+
+# %% ../nbs/41_evaluation.ipynb #26b3c22c
+def _near(x: Tensor, y: Tensor, k: int, own: int | None) -> Tensor:  # (n, k) rows of y
+    "The k nearest rows of y; `own`: x is y[own:own + n], and a row is not its own neighbour."
+    best = x.new_full((len(x), k), math.inf)
+    index = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, len(y), _SIDE):
+        squares = _squares(x, y[start:start + _SIDE])
+        if start == own: squares.fill_diagonal_(math.inf)
+        near = squares.topk(min(k, squares.shape[1]), dim=1, largest=False)
+        best, order = torch.cat([best, near.values], 1).topk(k, dim=1, largest=False)
+        index = torch.cat([index, near.indices + start], 1).gather(1, order)
+    return index
+
+
 def _neighbours(x: Tensor, y: Tensor, k: int, others: bool = False) -> tuple[Tensor, Tensor]:
     "Distances and numbers of the k nearest rows of y; `others`: x is y, a row is not its own."
-    found = []
-    for rows, squares, _ in _squares(x, y):
-        if others: squares[torch.arange(len(rows)), rows] = math.inf
-        near = squares.topk(k, dim=1, largest=False).indices
-        distances, order = _distance(x[rows, None], y[near]).sort(dim=1, stable=True)
-        found.append((distances, near.gather(1, order)))
-    distances, near = zip(*found)
-    return torch.cat(distances), torch.cat(near)
+    a, b = _centred(x, y)
+    index = torch.cat([_near(rows, b, k, i*_SIDE if others else None)
+                       for i, rows in enumerate(a.split(_SIDE))])
+    distances = torch.cat([_distance(rows[:, None], y[near])
+                           for rows, near in zip(x.split(_SIDE), index.split(_SIDE))])
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances, index.gather(1, order)
 
 
 def nearest(
@@ -209,7 +218,7 @@ def nearest(
     if not 1 <= k <= len(y): raise ValueError(f"k: found {k}; allowed: 1 to {len(y)}, all of y")
     return _neighbours(x, y, k)
 
-# %% ../nbs/41_evaluation.ipynb #c9ead9fb
+# %% ../nbs/41_evaluation.ipynb #80973f3a
 def radii(
     x: Tensor,     # (N, d)
     k: int = 3,    # 1 to N − 1
@@ -224,17 +233,28 @@ def radii(
 
 def _balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:  # (N,) int64
     "How many of the balls each row of x lies in (inside, not on the border)."
-    counts = []
-    for rows, squares, error in _squares(x, centres):
-        inside = squares < radius.square()
-        unsure = ((squares - radius.square()).abs() <= error).nonzero()
-        for pairs in unsure.split(2**16):  # too close to call: once more, and exactly
-            i, j = pairs.T
-            inside[i, j] = _distance(x[rows[i]], centres[j]) < radius[j]
-        counts.append(inside.sum(1))
-    return torch.cat(counts)
+    counts = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    a, b = _centred(x, centres)
+    for i in range(0, len(x), _SIDE):
+        for j in range(0, len(centres), _SIDE):
+            rows, columns = slice(i, i + _SIDE), slice(j, j + _SIDE)
+            inside = _inside(x[rows], centres[columns], radius[columns], a[rows], b[columns])
+            counts[rows] += inside.sum(1)
+    return counts
 
-# %% ../nbs/41_evaluation.ipynb #d72a918a
+
+def _inside(x: Tensor, centres: Tensor, radius: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    "Which rows of x lie in which balls (n, m); a and b are x and centres, shifted by `_centred`."
+    squares, limit = _squares(a, b), radius.square()
+    inside = squares < limit
+    error = 1e-12*(a.square().sum(1, keepdim=True) + b.square().sum(1))
+    unsure = ((squares - limit).abs() <= error).nonzero()
+    for pairs in unsure.split(2**16):  # too close to call: once more, without rounding errors
+        i, j = pairs.T
+        inside[i, j] = _distance(x[i], centres[j]) < radius[j]
+    return inside
+
+# %% ../nbs/41_evaluation.ipynb #5ee52d90
 def precision(
     samples: Tensor,    # (N, d) features
     reference: Tensor,  # (M, d)
@@ -249,7 +269,7 @@ def recall(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to 1
     "Share of the reference in some ball of the samples (Kynkäänniemi et al. 2019, Eqs. 1 and 2)."
     return precision(reference, samples, k)
 
-# %% ../nbs/41_evaluation.ipynb #f11adcda
+# %% ../nbs/41_evaluation.ipynb #6404ec89
 def density(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to ∞; about 1 is right
     "Balls of the reference around a sample, on average, over k (Naeem et al. 2020)."
     samples, reference = _features(samples=samples, reference=reference)
@@ -262,7 +282,7 @@ def coverage(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to 1
     closest, _ = _neighbours(reference, samples, 1)
     return (closest[:, 0] < radii(reference, k)).double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #5ace3516
+# %% ../nbs/41_evaluation.ipynb #54265b82
 def class_accuracy(
     predicted: Tensor,  # (N,) int64 classes that a classifier sees
     asked: Tensor,      # (N,) int64 classes that were asked for; below 0: none
@@ -276,7 +296,7 @@ def class_accuracy(
                                           "one must be 0 or above: leave accuracy out")
     return (predicted == asked)[wanted].double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #ff4d1fc5
+# %% ../nbs/41_evaluation.ipynb #c67f320c
 def memorised(
     samples: Tensor,    # (N, d) features
     training: Tensor,   # (K, d) of the images that were trained on
@@ -291,7 +311,7 @@ def memorised(
     limit = usual.kthvalue(max(1, round(quantile*len(usual)))).values
     return (_neighbours(samples, training, 1)[0][:, 0] <= limit).double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #530b38e6
+# %% ../nbs/41_evaluation.ipynb #7e692251
 class Evidence(NamedTuple):
     "What a metric may look at."
     samples: Tensor                  # (N, d) features of what is judged
@@ -309,7 +329,7 @@ class Metric(NamedTuple):
     needs: tuple[str, ...] = ()  # fields of Evidence beyond samples and reference
     title: str = ""              # one plain sentence, for reports
 
-# %% ../nbs/41_evaluation.ipynb #9a9d7559
+# %% ../nbs/41_evaluation.ipynb #8d67634d
 def _fd(e): return fd(e.samples, e.reference)
 def _kid(e): return kid(e.samples, e.reference)
 def _mind(e): return mind(e.samples, e.reference)
@@ -336,7 +356,7 @@ METRICS = {
                         "Share of samples that are as close to the training set as copies"),
 }
 
-# %% ../nbs/41_evaluation.ipynb #b2b8c857
+# %% ../nbs/41_evaluation.ipynb #33a17b41
 def score(
     evidence: Evidence,
     metrics: Sequence[str],  # keys of METRICS
