@@ -264,7 +264,12 @@ def check_hash(
 # %% ../nbs/41_features.ipynb #ef43abd6
 #: sha256 of the weights that the package ships, by the name of the features
 WEIGHTS = {
-    "shapes-a": "", "shapes-b": "", "fmnist-a": "", "fmnist-b": "", "mnist-a": "", "mnist-b": "",
+    "shapes-a": "fd8eab713f918551beb3a6b4f850e632ac2fbf05249c23689561ac91e252323d",
+    "shapes-b": "7677df63cb2e42f0e8e717c9aaf75e900154ae1cebd1a1379bec798f19142acb",
+    "fmnist-a": "",
+    "fmnist-b": "",
+    "mnist-a": "",
+    "mnist-b": "",
 }
 
 
