@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'MEASURES', 'DECIDES', 'SAVES', 'SHOWS', 'CALLBACKS', 'Callback', 'Log', 'LearningRate', 'Validate',
-           'StopEarly', 'DrawSamples', 'SaveCheckpoints', 'memory_names', 'remembered', 'remind', 'default_callbacks']
+           'StopEarly', 'DrawSamples', 'Evaluate', 'SaveCheckpoints', 'memory_names', 'remembered', 'remind',
+           'default_callbacks']
 
 # %% ../nbs/32_callbacks.ipynb #f6110ef7
 import math
@@ -121,6 +122,27 @@ class DrawSamples(Callback):
         trainer.trackers.images(trainer.step, "samples", image_grid(images))
         if last and film: save_film(film, folder/"film.gif", scale=3)
 
+# %% ../nbs/32_callbacks.ipynb #67c3416d
+class Evaluate(Callback):
+    "Judge a few samples every so many steps, by the distances that the data set's eyes see."
+    order = SHOWS
+
+    def __init__(self, every: int, images: int = 1000):
+        self.every, self.images, self._judge = every, images, None
+
+    def after_step(self, trainer: Any, metrics: dict) -> None:
+        if not trainer.world.main or not _due(self.every, trainer): return
+        from diffusion_model.judge import cache_folder, create_judge, short_name, tensor_images
+        with trainer.averaged() as objective: drawn = objective.draw(self.images)
+        if drawn is None: return
+        if self._judge is None: self._judge = create_judge(
+            trainer.cfg.data, trainer.datasets, metrics=("fd", "kid", "mind", "precision", "recall"),
+            device=trainer.world.device, cache=cache_folder())
+        samples = tensor_images(drawn[0])
+        self._judge.check(samples, labelled=False)
+        lines = self._judge.judge(samples)
+        trainer.trackers.log(trainer.step, {short_name(line): line.value for line in lines})
+
 # %% ../nbs/32_callbacks.ipynb #33238dab
 class SaveCheckpoints(Callback):
     "A checkpoint every so many steps, where the run ends or is stopped, and of the best so far."
@@ -179,6 +201,7 @@ CALLBACKS = {
     "validate": lambda cfg: Validate(cfg.logging.validate_every),
     "stop_early": lambda cfg: StopEarly(cfg.training.patience or 10),
     "draw": lambda cfg: DrawSamples(cfg.logging.sample_every),
+    "evaluate": lambda cfg: Evaluate(cfg.logging.evaluate_every, cfg.logging.evaluate_images),
     "save": lambda cfg: SaveCheckpoints(cfg.logging.checkpoint_every, cfg.logging.keep_best),
 }
 

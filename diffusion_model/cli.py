@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'train_parser', 'train', 'train_command', 'sample_parser', 'parse_labels', 'write_samples', 'draw_samples',
-           'sample_command']
+           'sample_command', 'evaluate_parser', 'evaluate', 'evaluate_command']
 
 # %% ../nbs/43_cli.ipynb #68154043
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from .config import (
     REGISTRIES, Config, ConfigError, SamplingConfig, change_config, config_help, list_configs,
-    load_config, load_saved_config, parse_overrides)
+    load_config, load_data_config, load_saved_config, parse_overrides)
 from .networks import NETWORKS
 
 # %% ../nbs/43_cli.ipynb #637792e6
@@ -362,14 +362,16 @@ def _add_sample_options(add) -> None:
 _OWN = ("num_samples", "steps", "solver", "guidance_scale")  # options that are fields as well
 
 
-def _sampling_words(args, overrides: list[str]) -> list[str]:
-    "What is to be other than in the checkpoint's config. Raises ConfigError for what cannot be."
+def _sampling_words(args, overrides: list[str], also: tuple[str, ...] = ()) -> list[str]:
+    """What is to be other than in the checkpoint's config: of sampling, and what `also` names.
+    Raises ConfigError for what cannot be."""
     given = {f"sampling.{k}": getattr(args, k) for k in _OWN} | {"training.device": args.device}
     values, lines = parse_overrides(overrides)
     free = ", ".join(f"--{field}" for field in SamplingConfig.model_fields)
     lines += [f"{section}.{field}: was settled when the model was trained; what can be chosen now "
               f"are --device, --labels, --seed and {free}"
-              for section, fields in values.items() if section != "sampling" for field in fields]
+              for section, fields in values.items() for field in fields
+              if section != "sampling" and f"{section}.{field}" not in also]
     if lines: raise ConfigError(lines)
     return [f"--{k}={v}" for k, v in given.items() if v is not None] + overrides
 
@@ -549,3 +551,218 @@ def draw_samples(args: argparse.Namespace, overrides: list[str]) -> int:
 def sample_command(argv: list[str] = None) -> int:
     "The command `diffusion-sample`."
     return _guarded(draw_samples, sample_parser, sys.argv[1:] if argv is None else argv)
+
+# %% ../nbs/43_cli.ipynb #8d5dc2ec
+_EVALUATE_EXAMPLES = """
+Fields of the config's section sampling can be given too, for a checkpoint; and of its section
+data, such as --data.root, where the data are elsewhere now, or --image_size for a folder.
+
+examples:
+  diffusion-evaluate --checkpoint outputs/quickstart
+  diffusion-evaluate --checkpoint outputs/fashion_mnist --num_samples 2000 --metrics fd,kid
+  diffusion-evaluate --samples drawn/ --config fashion_mnist --image_size 28
+  diffusion-evaluate --samples drawn/ --reference photographs/
+  torchrun --nproc_per_node 2 --no-python diffusion-evaluate --checkpoint outputs/cifar10"""
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    "The options of `diffusion-evaluate`."
+    parser = argparse.ArgumentParser(
+        prog="diffusion-evaluate", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Judge samples: each metric beside its floor (what real images get), on the\n"
+                    "console, in report.json, and on one page with pictures, report.html.",
+        epilog=_EVALUATE_EXAMPLES)
+    _add_evaluate_options(parser.add_argument)
+    return parser
+
+# %% ../nbs/43_cli.ipynb #9594eef0
+def _add_evaluate_options(add) -> None:
+    add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), or a "
+        "checkpoint: samples are drawn from it")
+    add("--samples", metavar="PATH", help="or: a folder of PNG files, or a .npy or .npz file of "
+        "bytes, of this or any other program")
+    add("--config", metavar="NAME", help="with --samples: whose data they should be like")
+    add("--reference", metavar="WHAT", default="test", help="test (default), validation or train "
+        "of the data; or a folder or file of images")
+    add("--num_samples", "--num-samples", metavar="N", help="how many; default: 10000, or all")
+    add("--metrics", metavar="A,B", help="default: all that the data allow. Known are fd, kid, "
+        "mind, precision, recall, density, coverage, accuracy, memorised; and, for a checkpoint, "
+        "bits_per_dim and ode_bits_per_dim, which take long")
+    add("--features", metavar="A,B", help="networks that look, such as fmnist-a,fmnist-b,pixels, "
+        "imagenet, inception; default: those made for the data")
+    add("--best", action="store_true", help="the run's checkpoint with the least validation loss")
+    add("--steps", metavar="N", help="steps for an image")
+    add("--solver", metavar="NAME", help=", ".join(REGISTRIES["sampling.solver"].names()))
+    add("--guidance_scale", "--guidance-scale", metavar="G", help="1: off")
+    add("--seed", metavar="N", type=int, default=0, help="of the samples; default 0")
+    add("--device", metavar="NAME", help="auto, cpu, cuda, ...; default: the run's, or auto")
+    add("--output_dir", "--output-dir", metavar="DIR", help="where the report goes; default: "
+        "evaluation/ in the run, or beside the samples")
+    add("--no_cache", "--no-cache", action="store_true", help="compute features and floors of the "
+        "data anew, and keep none ($DIFFUSION_MODEL_CACHE says where they are kept)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+# %% ../nbs/43_cli.ipynb #3b366a4a
+def _listed(text: str | None, known, option: str) -> list[str] | None:
+    "The names of a list with commas, each known. Raises ConfigError."
+    if text is None: return None
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names: raise ConfigError([
+        f"{option}: found '{unknown[0] if unknown else text}'; known are {', '.join(known)}"])
+    return names
+
+
+def _count(text: str | None, default: int | None) -> int | None:
+    "--num_samples as a number. Raises ConfigError."
+    if text is None: return default
+    if not text.isdecimal() or not int(text): raise ConfigError([
+        f"--num_samples: found '{text}'; allowed: a whole number, at least 1"])
+    return int(text)
+
+
+def _check_evaluated(args) -> None:
+    "One thing to judge, and something to judge it by. Raises ConfigError."
+    if bool(args.checkpoint) == bool(args.samples): raise ConfigError([
+        "name what is to be judged: --checkpoint RUN, or --samples FOLDER; --help says more"])
+    if args.checkpoint and args.config: raise ConfigError([
+        "--config: a checkpoint has its own: leave it out"])
+    given = [f"--{name}" for name in (*_OWN[1:], "best") if getattr(args, name)]
+    if args.samples and given: raise ConfigError([
+        f"{given[0]}: says how to draw, and --samples are drawn already: leave it out"])
+    if args.samples and not args.config and args.reference in ("test", "validation", "train"):
+        raise ConfigError(["--samples: name what they should be like: --config NAME (its data), "
+                           "or --reference FOLDER"])
+
+# %% ../nbs/43_cli.ipynb #f14e4e4f
+def _image_files(path: str, option: str, **how):
+    "The images of a folder, or of a file. Raises FileNotFoundError and ValueError."
+    from diffusion_model.judge import array_images, folder_images
+    place = Path(path).expanduser()
+    if place.is_file():
+        how.pop("classes", None)
+        return array_images(place, option=option, **how)
+    return folder_images(place, option=option, **how)
+
+
+def _reference(args, channels: int = None):
+    "The reference: a word for a part of the data, or the images of a folder or file."
+    if args.reference in ("test", "validation", "train"): return args.reference
+    return _image_files(args.reference, "--reference", channels=channels)
+
+
+def _first(images, n: int | None):
+    "The first n of some images. Raises ConfigError where there are fewer."
+    if n is None or n == images.count: return images
+    if n > images.count: raise ConfigError([
+        f"--num_samples: found {n}; there are {images.count} images in {images.name}"])
+    return images._replace(count=n)
+
+# %% ../nbs/43_cli.ipynb #fa0950cf
+def _judge_files(args, overrides: list[str], features: list | None, **how):
+    "Judge and samples of a folder or file."
+    from diffusion_model.dataset import create_dataset
+    from diffusion_model.features import has_imagenet
+    from diffusion_model.judge import Judge, create_eyes, create_judge
+    from diffusion_model.processes import pick_device
+    device = pick_device(args.device or "auto")
+    if args.config is None:
+        if overrides: raise ConfigError([f"{overrides[0]}: belongs to a config: name it, --config"])
+        samples = _image_files(args.samples, "--samples")
+        reference = _reference(args, samples.shape[0])
+        names = features or ["imagenet"]*has_imagenet() + ["pixels"]
+        eyes = create_eyes(names, reference, device)
+        return Judge(eyes, reference, **how), _first(samples, _count(args.num_samples, None))
+    data = load_data_config(args.config, overrides)
+    datasets = create_dataset(data)
+    samples = _image_files(args.samples, "--samples", channels=data.channels,
+                           classes=datasets.classes or ())
+    judge = create_judge(data, datasets, _reference(args, data.channels), features, device, **how)
+    return judge, _first(samples, _count(args.num_samples, None))
+
+# %% ../nbs/43_cli.ipynb #64f022ec
+_MOVED = ("data.root", "data.download", "data.test_size")  # what judging may find elsewhere
+
+
+def _judge_checkpoint(args, overrides: list[str], features: list | None, world, **how):
+    "Judge, samples, model and checkpoint."
+    from diffusion_model.checkpoint import load_checkpoint
+    from diffusion_model.dataset import create_dataset
+    from diffusion_model.generation import load_denoiser
+    from diffusion_model.judge import create_judge, model_images
+    from diffusion_model.report import create_model
+    n, path = _count(args.num_samples, 10_000), _checkpoint_path(args.checkpoint)
+    words = _sampling_words(args, overrides, also=_MOVED)
+    checkpoint = load_checkpoint(path, best=args.best, read=("config",))
+    cfg = change_config(checkpoint.config, words)
+    denoiser = load_denoiser(checkpoint, device=world.device)
+    datasets = create_dataset(cfg.data)
+    judge = create_judge(cfg.data, datasets, _reference(args, cfg.data.channels), features,
+                         world.device, world=world, **how)
+    model = create_model(denoiser, datasets, n, args.seed, cfg.sampling)
+    samples = model_images(denoiser, n, model.cond, args.seed, cfg.sampling,
+                           f"samples of {checkpoint.path}")
+    return judge, samples, model, checkpoint
+
+# %% ../nbs/43_cli.ipynb #b52916cc
+def _report_folder(args, step: Path | None) -> Path:
+    "Where the report is written. Raises ConfigError where it cannot be."
+    if args.output_dir: folder = Path(args.output_dir).expanduser()
+    elif step: folder = _run_of(step)/"evaluation"/f"{step.name}_seed_{args.seed}"
+    else:
+        samples = Path(args.samples).expanduser()
+        folder = samples.with_name(f"{samples.stem}_evaluation")
+    _check_place(folder, "--output_dir")
+    return folder
+
+
+def _facts(args, judge, samples, model) -> dict:
+    "What made a report, in plain values."
+    from diffusion_model.tracking import run_metadata
+    name = args.checkpoint or args.samples
+    drawn = None if model is None else model.sampling.model_dump(mode="json") | {"seed": model.seed}
+    return {"title": f"How good is {Path(name).name}?",
+            "words": f"{samples.count:,} images of {samples.shape[1]}×{samples.shape[2]} pixels "
+                     f"from {name}, beside {judge.reference.count:,} of {judge.reference.name}",
+            "samples": {"name": samples.name, "count": samples.count, "content": samples.content},
+            "reference": {"name": judge.reference.name, "count": judge.reference.count,
+                          "content": judge.reference.content},
+            "features": {eye.name: eye.sha256 for eye in judge.eyes}, "sampling": drawn,
+            "made": run_metadata(judge.eyes[0].device)}
+
+# %% ../nbs/43_cli.ipynb #fb738f2c
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
+    "Judge samples, as the command line says."
+    _check_evaluated(args)
+    from diffusion_model import evaluation, features, judge as judging, report
+    from diffusion_model.processes import World
+    metrics = _listed(args.metrics, [*evaluation.METRICS, *report.LIKELIHOODS], "--metrics")
+    eyes = _listed(args.features, features.FEATURES, "--features")
+    likelihoods = [m for m in metrics or () if m in report.LIKELIHOODS]
+    if likelihoods and args.samples: raise ConfigError([
+        f"--metrics: {likelihoods[0]} needs a model: name one by --checkpoint"])
+    world = World(args.device or "auto") if args.checkpoint else World("cpu")
+    how = dict(metrics=metrics and [m for m in metrics if m not in likelihoods],
+               cache=None if args.no_cache else judging.cache_folder(),
+               progress=world.main and sys.stderr.isatty())
+    model = checkpoint = None
+    if args.samples: judge, samples = _judge_files(args, overrides, eyes, **how)
+    else: judge, samples, model, checkpoint = _judge_checkpoint(
+        args, overrides, eyes, world, **how)
+    judge.check(samples, labelled=model is None or model.denoiser.num_classes > 0)
+    folder = _report_folder(args, checkpoint and checkpoint.path)
+    lines = report.evaluate(judge, samples, folder, _facts(args, judge, samples, model), model,
+                            likelihoods)
+    if world.main:
+        if checkpoint: report.record(_run_of(checkpoint.path), checkpoint.step, lines,
+                                     checkpoint.config)
+        _say(judging.table(lines))
+        _say(f"the page: {folder}/report.html; the numbers: {folder}/report.json")
+    world.close()
+    return 0
+
+# %% ../nbs/43_cli.ipynb #89f3cd4a
+def evaluate_command(argv: list[str] = None) -> int:
+    "The command `diffusion-evaluate`."
+    return _guarded(evaluate, evaluate_parser, sys.argv[1:] if argv is None else argv)

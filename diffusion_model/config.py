@@ -6,8 +6,8 @@
 __all__ = ['REGISTRIES', 'Probability', 'Share', 'Noise', 'Seed', 'Count', 'SOLVER_OPTIONS', 'KNOWN_CLASSES', 'SECTIONS',
            'PRECEDENCE', 'MIGRATIONS', 'ConfigError', 'Registry', 'DiffusionConfig', 'DataConfig', 'TrainingConfig',
            'SamplingConfig', 'LoggingConfig', 'solver_options', 'sections', 'Config', 'list_configs', 'find_config',
-           'parse_overrides', 'change_config', 'load_config', 'save_config', 'config_diff', 'migrate_config',
-           'load_saved_config', 'config_help']
+           'parse_overrides', 'change_config', 'load_config', 'load_data_config', 'save_config', 'config_diff',
+           'migrate_config', 'load_saved_config', 'config_help']
 
 # %% ../nbs/20_config.ipynb #d0caca96
 import dataclasses
@@ -121,7 +121,7 @@ REGISTRIES = {
         renamed={"logit": "logistic"}),
     "logging.trackers": Registry("tracking", "TRACKERS", ("tensorboard", "wandb")),
     "logging.callbacks": Registry(
-        "callbacks", "CALLBACKS", ("log", "validate", "stop_early", "draw", "save")),
+        "callbacks", "CALLBACKS", ("log", "validate", "stop_early", "draw", "evaluate", "save")),
 }
 
 # %% ../nbs/20_config.ipynb #785e0daf
@@ -267,6 +267,8 @@ class LoggingConfig(_Section):
     validate_every: int = Field(5000, ge=1, description="steps between validation losses")
     sample_every: int = Field(5000, ge=1, description="steps between grids of samples")
     checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
+    evaluate_every: int = Field(5000, ge=1, description="steps between verdicts of evaluate")
+    evaluate_images: int = Field(1000, ge=100, description="samples that callback evaluate judges")
     keep_checkpoints: int = Field(3, ge=1, description="the newest so many are kept")
     keep_best: bool = Field(True, description="and the one with the least validation loss")
     trackers: list[Annotated[str, REGISTRIES["logging.trackers"]]] = Field(
@@ -749,6 +751,21 @@ def load_config(
 ) -> Config:
     "Read, override and validate a config. Raises `ConfigError` with every error, one a line."
     return _load(find_config(name), overrides)
+
+
+def load_data_config(
+    name: str | Path,  # as for `load_config`
+    overrides: Sequence[str] | dict[str, object] = (),  # of the section `data`
+) -> DataConfig:
+    "The section `data` by itself, whatever network stands beside it. Raises `ConfigError`."
+    values, lines = _read(find_config(name))
+    chosen, more = _choose(overrides, "unet")
+    lines += more + [f"{section}.{field}: has no part in which images there are: leave it out"
+                     for section, fields in chosen.items() if section != "data" for field in fields]
+    data = {"data": values.get("data", {}) | chosen.get("data", {})}
+    built, wrong = _build_sections(data, {"data": DataConfig})
+    if lines + wrong: raise ConfigError(lines + wrong)
+    return built["data"]
 
 # %% ../nbs/20_config.ipynb #3843f674
 def save_config(cfg: Config, path: str | Path) -> Path:

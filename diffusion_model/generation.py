@@ -120,19 +120,20 @@ def generate(
     space: Any = None,       # whatever has shape, range and decode; default: the checkpoint's
     keep: int = 0,           # follow so many of the first batch on their way
     progress: bool = False,  # show a bar
+    first: int = 0,          # the number of the first: somebody else may draw those before it
 ) -> Iterator[Drawn]:
     "Draw images batch by batch, in smaller batches where memory runs out. Raises ValueError."
     s, space = sampling or denoiser.config.sampling, space or denoiser.space
     _checked_count(cond, n)
-    sampler, size, first = create_sampler(s, space.range), s.sample_batch_size, 0
+    sampler, size, done = create_sampler(s, space.range), s.sample_batch_size, 0
     with tqdm(total=n*s.steps, unit="step", desc="sampling", disable=not progress) as bar:
-        while first < n:
-            last = min(first + size, n)
-            part = map_cond(partial(_rows, first, last), cond)
+        while done < n:
+            last = min(done + size, n)
+            part = map_cond(partial(_rows, done, last), cond)
             try: images, film = _draw(
-                sampler, denoiser, space, (last - first, *space.shape), 0 if first else keep,
-                bar.update, cond=part, seed=seed, first=first)
-            except torch.OutOfMemoryError: size = _smaller(last - first)
+                sampler, denoiser, space, (last - done, *space.shape), 0 if done else keep,
+                bar.update, cond=part, seed=seed, first=first + done)
+            except torch.OutOfMemoryError: size = _smaller(last - done)
             else:
-                yield Drawn(first, images, film)
-                first = last
+                yield Drawn(first + done, images, film)
+                done = last

@@ -83,15 +83,18 @@ class MetricsFile(Tracker):
     def __init__(
         self,
         path: str | Path,     # the file
-        start_step: int = 0,  # steps already made; later lines of an earlier life are cut off
-    ):
+        start_step: int | None = 0,  # steps made; later lines of an earlier life are cut off.
+    ):                               # None: all that is there stays
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if start_step is not None: self._cut(start_step)
+        self.file = open(self.path, "a")
+
+    def _cut(self, start_step: int):
         old = read_metrics(self.path) if start_step and self.path.exists() else []
         whole = self.path.with_suffix(".tmp")
         whole.write_text("".join(self._line(row) for row in old if row["step"] <= start_step))
         os.replace(whole, self.path)
-        self.file = open(self.path, "a")
 
     @staticmethod
     def _line(row: dict) -> str:
