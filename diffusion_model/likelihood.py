@@ -6,7 +6,7 @@
 __all__ = ['step_kl', 'prior_kl', 'Levels', 'decoder_nats', 'bound_grid', 'Bound', 'variational_bound', 'circle_velocity',
            'LogProb', 'ode_log_prob', 'bits_per_dim', 'dequantise']
 
-# %% ../nbs/07_likelihood.ipynb #3b46ed59
+# %% ../nbs/07_likelihood.ipynb #1572e493
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .oracle import GaussianMixture
 from .sampler import check_cond, evaluating, noise_like
 from .scheduler import NoiseLevel, NoiseSchedule, expand
 
-# %% ../nbs/07_likelihood.ipynb #f5d795a7
+# %% ../nbs/07_likelihood.ipynb #50642162
 def step_kl(
     denoiser: DenoiserLike,
     x0: Tensor,         # (B, ...) clean
@@ -36,7 +36,7 @@ def step_kl(
     error = (x0 - guess).square().flatten(1).sum(1)
     return expand((snr_s - snr_t)/2, error)*error
 
-# %% ../nbs/07_likelihood.ipynb #1be1dacc
+# %% ../nbs/07_likelihood.ipynb #0e433517
 def prior_kl(
     x0: Tensor,         # (B, ...) clean
     level: NoiseLevel,  # (α_T, σ_T), of the noisiest time
@@ -47,7 +47,7 @@ def prior_kl(
     means = level.alpha**2/size2*x0.square().flatten(1).sum(1)
     return (x0[0].numel()*(share - 1 - math.log(share)) + means)/2
 
-# %% ../nbs/07_likelihood.ipynb #eb02d1cf
+# %% ../nbs/07_likelihood.ipynb #3e9ca3a7
 class Levels(NamedTuple):
     "Grey levels, evenly spaced: what a byte can be, on the scale of the data."
     n: int = 256       # how many; at least 2
@@ -75,7 +75,7 @@ def _log_bin(x: Tensor, mean: Tensor, std: float, levels: Levels) -> Tensor:  # 
     log_above = torch.special.log_ndtr(above)
     return log_above + (-torch.expm1(torch.special.log_ndtr(below) - log_above)).log()
 
-# %% ../nbs/07_likelihood.ipynb #c2c91969
+# %% ../nbs/07_likelihood.ipynb #4b2a4e52
 def decoder_nats(
     denoiser: DenoiserLike,
     x0: Tensor,             # (B, ...) clean
@@ -92,7 +92,7 @@ def decoder_nats(
         _log_density(x0, guess, sigma/alpha)
     return -logs.flatten(1).sum(1)
 
-# %% ../nbs/07_likelihood.ipynb #a72f605c
+# %% ../nbs/07_likelihood.ipynb #fe6e326a
 def bound_grid(
     schedule: NoiseSchedule,
     steps: int = None,  # default: all T of a discrete schedule, 1000 of a continuous one
@@ -116,7 +116,7 @@ class Bound(NamedTuple):
     def total(self) -> Tensor:  # (B,)
         return self.prior + self.terms.sum(1) + self.decoder
 
-# %% ../nbs/07_likelihood.ipynb #4b2aba0d
+# %% ../nbs/07_likelihood.ipynb #9e70e39d
 def _check_data(denoiser: DenoiserLike, x: Tensor, cond: Cond, name: str, density: bool) -> None:
     "Refuse data whose likelihood cannot be asked for."
     if x.ndim < 2 or not x.numel(): raise ValueError(
@@ -143,7 +143,7 @@ def _check_levels(x0: Tensor, levels: Levels) -> None:
         f"x0: found values from {x0.min().item():.4g} to {x0.max().item():.4g}, up to {off:.2g} of "
         f"a level off; allowed: the {levels.n} levels from {levels.low} to {levels.high}")
 
-# %% ../nbs/07_likelihood.ipynb #5c1267c2
+# %% ../nbs/07_likelihood.ipynb #82a1ce25
 def _strata(count: int, parts: int | None) -> list[range]:
     "A row of so many steps, cut into nearly equal parts. Raises ValueError for too many or none."
     if parts is None: parts = count
@@ -159,7 +159,7 @@ def _drawn(part: range, seed: int, k: int, first: int, n: int) -> Tensor:  # () 
     u = counter_uniform(seed, f"stratum {k}", torch.arange(first, first + n))[:, 0]
     return part[0] + (u.double()*len(part)).long()
 
-# %% ../nbs/07_likelihood.ipynb #bbbc4dc4
+# %% ../nbs/07_likelihood.ipynb #60471ac5
 @torch.no_grad()
 def variational_bound(
     denoiser: DenoiserLike,
@@ -185,7 +185,7 @@ def variational_bound(
         decoder = decoder_nats(denoiser, x0, draw("decoder"), grid[-2], cond, levels)
     return Bound(prior_kl(x0, denoiser.schedule.levels(grid[:1])[0]), terms, decoder)
 
-# %% ../nbs/07_likelihood.ipynb #183458d3
+# %% ../nbs/07_likelihood.ipynb #4028b49f
 def circle_velocity(
     denoiser: DenoiserLike,
     u: Tensor,          # (B, ...) x_t/√(α² + σ²)
@@ -198,7 +198,7 @@ def circle_velocity(
     pred = denoiser(size*u, t, cond)
     return (alpha*pred.eps - sigma*pred.x0)/size
 
-# %% ../nbs/07_likelihood.ipynb #117fa381
+# %% ../nbs/07_likelihood.ipynb #574aa557
 def _directions(x: Tensor, probes: int, seed: int, first: int) -> Tensor:  # (D or probes, B, ...)
     "The unit vectors; or signs by counter, a sample's own whatever batch it is in."
     D = x[0].numel()
@@ -226,7 +226,7 @@ def _spread(
         along = torch.stack([(pull*e).flatten(1).sum(1) for pull, e in zip(pulls, directions)])
     return v.detach(), along
 
-# %% ../nbs/07_likelihood.ipynb #92b707a7
+# %% ../nbs/07_likelihood.ipynb #485c035d
 def _rk4_step(
     rate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],  # (u, time) -> v, and e·Je
     u: Tensor, start: Tensor, middle: Tensor, end: Tensor,    # three times
@@ -246,7 +246,7 @@ def _first_step(rate: Callable, u: Tensor, end: Tensor, width: float) -> tuple[T
     v, along = rate(u, end)
     return u + width/2*v, width/2*along
 
-# %% ../nbs/07_likelihood.ipynb #a032c07e
+# %% ../nbs/07_likelihood.ipynb #d9a82e6c
 def _climb(schedule: NoiseSchedule, steps: int, t: Tensor | None):
     "Rising times from t (default: clean), the time at the angle between each two, and the widths."
     grid = schedule.grid(steps).flip(0).double()
@@ -266,7 +266,7 @@ class LogProb(NamedTuple):
     value: Tensor           # (B,)
     standard_error: Tensor  # (B,) 0 with the exact divergence; NaN with one probe
 
-# %% ../nbs/07_likelihood.ipynb #af214983
+# %% ../nbs/07_likelihood.ipynb #b40681e3
 def ode_log_prob(
     denoiser: DenoiserLike,
     x: Tensor,          # (B, ...) data; in this precision everything is computed
@@ -298,7 +298,7 @@ def ode_log_prob(
     error = along.std(0)/math.sqrt(probes) if probes > 1 else torch.full_like(end, math.nan)
     return LogProb(end + along.mean(0), error)
 
-# %% ../nbs/07_likelihood.ipynb #2e5a8e9f
+# %% ../nbs/07_likelihood.ipynb #044bd7cd
 def bits_per_dim(
     nats: Tensor,       # -log P of a sample, of any shape; or -log p, with the width
     dims: int,          # numbers in a sample: channels times pixels, without padding
