@@ -6,7 +6,7 @@
 __all__ = ['step_kl', 'prior_kl', 'Levels', 'decoder_nats', 'bound_grid', 'Bound', 'variational_bound', 'circle_velocity',
            'LogProb', 'ode_log_prob', 'bits_per_dim', 'dequantise']
 
-# %% ../nbs/07_likelihood.ipynb #1572e493
+# %% ../nbs/07_likelihood.ipynb #1d19941b
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .oracle import GaussianMixture
 from .sampler import check_cond, evaluating, noise_like
 from .scheduler import NoiseLevel, NoiseSchedule, expand
 
-# %% ../nbs/07_likelihood.ipynb #50642162
+# %% ../nbs/07_likelihood.ipynb #599ecbba
 def step_kl(
     denoiser: DenoiserLike,
     x0: Tensor,         # (B, ...) clean
@@ -36,7 +36,7 @@ def step_kl(
     error = (x0 - guess).square().flatten(1).sum(1)
     return expand((snr_s - snr_t)/2, error)*error
 
-# %% ../nbs/07_likelihood.ipynb #0e433517
+# %% ../nbs/07_likelihood.ipynb #a5706f60
 def prior_kl(
     x0: Tensor,         # (B, ...) clean
     level: NoiseLevel,  # (α_T, σ_T), of the noisiest time
@@ -47,7 +47,7 @@ def prior_kl(
     means = level.alpha**2/size2*x0.square().flatten(1).sum(1)
     return (x0[0].numel()*(share - 1 - math.log(share)) + means)/2
 
-# %% ../nbs/07_likelihood.ipynb #3e9ca3a7
+# %% ../nbs/07_likelihood.ipynb #86ac0720
 class Levels(NamedTuple):
     "Grey levels, evenly spaced: what a byte can be, on the scale of the data."
     n: int = 256       # how many; at least 2
@@ -75,13 +75,13 @@ def _log_bin(x: Tensor, mean: Tensor, std: float, levels: Levels) -> Tensor:  # 
     log_above = torch.special.log_ndtr(above)
     return log_above + (-torch.expm1(torch.special.log_ndtr(below) - log_above)).log()
 
-# %% ../nbs/07_likelihood.ipynb #4b2a4e52
+# %% ../nbs/07_likelihood.ipynb #d81681f7
 def decoder_nats(
     denoiser: DenoiserLike,
     x0: Tensor,             # (B, ...) clean
     noise: Tensor,          # (B, ...) standard normal
     t: Tensor,              # () the last time before clean
-    cond: Cond = None,
+    cond: Cond = None,      # what the denoiser is conditioned on
     levels: Levels = None,  # the data's grey levels; None: the data are real numbers
 ) -> Tensor:                # (B,) nats
     "-log p(x_0 | x_t), about x̂_0 with standard deviation σ/α (Ho et al. 2020, Eq. 13)."
@@ -92,7 +92,7 @@ def decoder_nats(
         _log_density(x0, guess, sigma/alpha)
     return -logs.flatten(1).sum(1)
 
-# %% ../nbs/07_likelihood.ipynb #fe6e326a
+# %% ../nbs/07_likelihood.ipynb #d3858473
 def bound_grid(
     schedule: NoiseSchedule,
     steps: int = None,  # default: all T of a discrete schedule, 1000 of a continuous one
@@ -114,9 +114,10 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> Tensor:  # (B,)
+        "The bound itself."
         return self.prior + self.terms.sum(1) + self.decoder
 
-# %% ../nbs/07_likelihood.ipynb #9e70e39d
+# %% ../nbs/07_likelihood.ipynb #a9c0bd48
 def _check_data(denoiser: DenoiserLike, x: Tensor, cond: Cond, name: str, density: bool) -> None:
     "Refuse data whose likelihood cannot be asked for."
     if x.ndim < 2 or not x.numel(): raise ValueError(
@@ -143,7 +144,7 @@ def _check_levels(x0: Tensor, levels: Levels) -> None:
         f"x0: found values from {x0.min().item():.4g} to {x0.max().item():.4g}, up to {off:.2g} of "
         f"a level off; allowed: the {levels.n} levels from {levels.low} to {levels.high}")
 
-# %% ../nbs/07_likelihood.ipynb #82a1ce25
+# %% ../nbs/07_likelihood.ipynb #8c1f3bb8
 def _strata(count: int, parts: int | None) -> list[range]:
     "A row of so many steps, cut into nearly equal parts. Raises ValueError for too many or none."
     if parts is None: parts = count
@@ -159,7 +160,7 @@ def _drawn(part: range, seed: int, k: int, first: int, n: int) -> Tensor:  # () 
     u = counter_uniform(seed, f"stratum {k}", torch.arange(first, first + n))[:, 0]
     return part[0] + (u.double()*len(part)).long()
 
-# %% ../nbs/07_likelihood.ipynb #60471ac5
+# %% ../nbs/07_likelihood.ipynb #8ea82417
 @torch.no_grad()
 def variational_bound(
     denoiser: DenoiserLike,
@@ -185,12 +186,12 @@ def variational_bound(
         decoder = decoder_nats(denoiser, x0, draw("decoder"), grid[-2], cond, levels)
     return Bound(prior_kl(x0, denoiser.schedule.levels(grid[:1])[0]), terms, decoder)
 
-# %% ../nbs/07_likelihood.ipynb #4028b49f
+# %% ../nbs/07_likelihood.ipynb #50f4c18f
 def circle_velocity(
     denoiser: DenoiserLike,
     u: Tensor,          # (B, ...) x_t/√(α² + σ²)
     t: Tensor,          # () a time above clean
-    cond: Cond = None,
+    cond: Cond = None,  # what the denoiser is conditioned on
 ) -> Tensor:            # (B, ...)
     "du/dφ = cos φ·ε̂ - sin φ·x̂_0: the probability-flow ODE over the angle φ = atan2(σ, α)."
     (alpha, sigma), = denoiser.schedule.levels(t[None])
@@ -198,7 +199,7 @@ def circle_velocity(
     pred = denoiser(size*u, t, cond)
     return (alpha*pred.eps - sigma*pred.x0)/size
 
-# %% ../nbs/07_likelihood.ipynb #574aa557
+# %% ../nbs/07_likelihood.ipynb #3771a25e
 def _directions(x: Tensor, probes: int, seed: int, first: int) -> Tensor:  # (D or probes, B, ...)
     "The unit vectors; or signs by counter, a sample's own whatever batch it is in."
     D = x[0].numel()
@@ -226,7 +227,7 @@ def _spread(
         along = torch.stack([(pull*e).flatten(1).sum(1) for pull, e in zip(pulls, directions)])
     return v.detach(), along
 
-# %% ../nbs/07_likelihood.ipynb #485c035d
+# %% ../nbs/07_likelihood.ipynb #dd9973af
 def _rk4_step(
     rate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],  # (u, time) -> v, and e·Je
     u: Tensor, start: Tensor, middle: Tensor, end: Tensor,    # three times
@@ -246,7 +247,7 @@ def _first_step(rate: Callable, u: Tensor, end: Tensor, width: float) -> tuple[T
     v, along = rate(u, end)
     return u + width/2*v, width/2*along
 
-# %% ../nbs/07_likelihood.ipynb #d9a82e6c
+# %% ../nbs/07_likelihood.ipynb #522389a2
 def _climb(schedule: NoiseSchedule, steps: int, t: Tensor | None):
     "Rising times from t (default: clean), the time at the angle between each two, and the widths."
     grid = schedule.grid(steps).flip(0).double()
@@ -266,7 +267,7 @@ class LogProb(NamedTuple):
     value: Tensor           # (B,)
     standard_error: Tensor  # (B,) 0 with the exact divergence; NaN with one probe
 
-# %% ../nbs/07_likelihood.ipynb #b40681e3
+# %% ../nbs/07_likelihood.ipynb #19205ccd
 def ode_log_prob(
     denoiser: DenoiserLike,
     x: Tensor,          # (B, ...) data; in this precision everything is computed
@@ -298,7 +299,7 @@ def ode_log_prob(
     error = along.std(0)/math.sqrt(probes) if probes > 1 else torch.full_like(end, math.nan)
     return LogProb(end + along.mean(0), error)
 
-# %% ../nbs/07_likelihood.ipynb #044bd7cd
+# %% ../nbs/07_likelihood.ipynb #c608eb47
 def bits_per_dim(
     nats: Tensor,       # -log P of a sample, of any shape; or -log p, with the width
     dims: int,          # numbers in a sample: channels times pixels, without padding

@@ -1,7 +1,6 @@
 "Likelihoods: against SciPy and torch, on every schedule; under networks; edges and errors."
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -55,8 +54,8 @@ def test_exact_divergence_gives_the_oracles_density(name):
 @pytest.mark.parametrize("name", ["cosine", "flow", "ve"])
 def test_ode_against_scipy(name):
     "The same equation in other coordinates (Karras et al. 2022), solved by SciPy."
-    model = GaussianMixture(VESchedule(1e-3, 200.), torch.tensor([[-1., 0.2], [0.8, -0.16]]).double(),
-                            torch.tensor([0.2, 0.4]), [4., 5.])
+    means = torch.tensor([[-1., 0.2], [0.8, -0.16]]).double()
+    model = GaussianMixture(VESchedule(1e-3, 200.), means, torch.tensor([0.2, 0.4]), [4., 5.])
     x = model.sample(3)
 
     def rate(sigma, state):  # dy/dσ = ε̂, and its divergence, by differences
@@ -234,17 +233,18 @@ def test_under_a_network(name):
     assert torch.equal(bound.total, variational_bound(denoiser, x, 30).total)
     assert bound.total.dtype == torch.float32 and not bound.total.requires_grad
     assert all(torch.equal(p.grad, m) for p, m in zip(denoiser.parameters(), marks))
-    probed = ode_log_prob(denoiser, x, 12, probes=300)
-    assert ((probed.value - found.value).abs() < 4.5*probed.standard_error).all()
+    probed = ode_log_prob(denoiser, x, 12, probes=60)
+    assert ((probed.value - found.value).abs() < 5*probed.standard_error).all()
     with torch.no_grad(): assert torch.equal(ode_log_prob(denoiser, x, 12).value, found.value)
 
 
 def test_a_networks_density_integrates_to_one():
     "Whatever a denoiser says, its flow only moves mass."
-    denoiser = Denoiser(nn.Identity(), FlowSchedule(), "v")
+    class Timeless(nn.Sequential):
+        def forward(self, x, time, cond=None): return super().forward(x)
     torch.manual_seed(1)
-    layers = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
-    denoiser.network = wrap(denoiser, lambda x, time, cond: layers(x))
+    layers = Timeless(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    denoiser = Denoiser(layers, FlowSchedule(), "v")
     line = torch.linspace(-12, 12, 1601).double()[:, None]
     mass = ode_log_prob(denoiser, line, 64).value.exp().sum()*(line[1] - line[0])
     assert abs(mass - 1) < 1e-3
@@ -266,11 +266,11 @@ def test_velocity_is_the_derivative_of_the_circle():
 def test_steps_of_a_wrong_denoiser_cost_more():
     "Among denoisers, the oracle has the lowest terms, on the same noise."
     model = mixture(FlowSchedule())
-    shrunk = wrap(model, lambda x, t, cond=None: Pred(0.9*model(x, t).x0, model(x, t).eps))
+    moved = wrap(model, lambda x, t, cond=None: Pred(model(x, t).x0 + 0.1, model(x, t).eps))
     x0, z = model.sample(800), counter_normal(0, "z", torch.arange(800), (8,)).double()
     for t, s in ((0.9, 0.8), (0.4, 0.1), (0.05, 0.04)):
         t, s = torch.tensor(t), torch.tensor(s)
-        extra = step_kl(shrunk, x0, z, t, s) - step_kl(model, x0, z, t, s)
+        extra = step_kl(moved, x0, z, t, s) - step_kl(model, x0, z, t, s)
         assert extra.mean() > 4*extra.std()/800**0.5
         each = step_kl(model, x0, z, t.expand(800), s.expand(800))  # a time for each sample
         assert torch.allclose(each, step_kl(model, x0, z, t, s))
@@ -284,7 +284,7 @@ def test_the_decoder_owns_all_numbers():
         schedule = model.schedule
         def __call__(self, x, t, cond=None): return Pred(torch.full_like(x, 2.7), x)
     nats = decoder_nats(Fixed(), grey, torch.zeros(4, 1).double(), torch.tensor(0.5), levels=levels)
-    assert abs(np.exp(-nats).sum() - 1) < 1e-12 and nats.argmin() == 3
+    assert abs((-nats).exp().sum() - 1) < 1e-12 and nats.argmin() == 3
 
 
 X = torch.zeros(2, 8).double()
@@ -302,16 +302,19 @@ def test_data_that_have_no_likelihood(call, x, words):
 
 @pytest.mark.parametrize("change, words", [
     (dict(steps=0), "steps: found 0"), (dict(steps=1), "steps: found 1, with pure noise"),
-    (dict(evaluations=0), "evaluations: found 0"), (dict(steps=9, evaluations=9), "allowed: 1 to 8"),
+    (dict(evaluations=0), "evaluations: found 0"),
+    (dict(steps=9, evaluations=9), "allowed: 1 to 8"),
     (dict(levels=Levels()), "up to 0.5 of a level off"),
     (dict(levels=Levels(11, -2., -1.)), "found values from 0 to 0")])
 def test_bounds_that_cannot_be(change, words):
-    with pytest.raises(ValueError, match=words): variational_bound(mixture(FlowSchedule()), X, **change)
+    model = mixture(FlowSchedule())
+    with pytest.raises(ValueError, match=words): variational_bound(model, X, **change)
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(steps=0), "steps: found 0"), (dict(probes=-1), "probes: found -1"),
-    (dict(t=torch.tensor(1.)), "t: found 1.0"), (dict(t=torch.tensor([0.1, 0.2])), "allowed: one time"),
+    (dict(t=torch.tensor(1.)), "t: found 1.0"),
+    (dict(t=torch.tensor([0.1, 0.2])), "allowed: one time"),
     (dict(t=torch.tensor(-0.1)), "from 0.0")])
 def test_densities_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words): ode_log_prob(mixture(FlowSchedule()), X, **change)
@@ -319,7 +322,7 @@ def test_densities_that_cannot_be(change, words):
 
 def test_discrete_schedules_have_no_more_than_their_steps():
     model = mixture(VPSchedule(cosine_betas(20)))
-    with pytest.raises(ValueError, match="steps: found 64; allowed: 1 to 20"): ode_log_prob(model, X)
+    with pytest.raises(ValueError, match="found 64; allowed: 1 to 20"): ode_log_prob(model, X)
     assert variational_bound(model, X, 1).terms.shape == (2, 0)
     assert isinstance(variational_bound(model, X), Bound)
 
