@@ -41,13 +41,13 @@ def test_exact_divergence_gives_the_oracles_density(name):
     "Within 1e-3 nats a dimension, at the clean time and at noisy ones."
     model = mixture(SCHEDULES[name])
     x = model.sample(60)
-    found = ode_log_prob(model, x)
+    found = ode_log_prob(model, x, 48)
     assert (found.value - model.log_prob(x, clean(model))).abs().max() < 8e-3
     assert (found.standard_error == 0).all() and found.value.dtype == torch.float64
     ratio = torch.tensor([0.3, 3.]).double()
     for t in model.schedule.t_of_log_snr(-2*ratio.log()):
         xt = model.schedule.add_noise(x, counter_normal(1, "z", torch.arange(60), (8,)).double(), t)
-        found = ode_log_prob(model, xt, 32, t=t).value
+        found = ode_log_prob(model, xt, 24, t=t).value
         assert (found - model.log_prob(xt, t)).abs().max() < 8e-3
 
 
@@ -67,7 +67,7 @@ def test_ode_against_scipy(name):
 
     for row in x:
         state = [*row.tolist(), 0.]
-        end = solve_ivp(rate, (1e-4, 200.), state, rtol=1e-7, atol=1e-9, method="LSODA").y[:, -1]
+        end = solve_ivp(rate, (1e-4, 200.), state, rtol=1e-6, atol=1e-8, method="LSODA").y[:, -1]
         size = math.hypot(1, 200)
         there = -(end[:2]**2).sum()/2/size**2 - math.log(2*math.pi*size**2) + end[2]
         ours = GaussianMixture(SCHEDULES[name], model.means, model.variance.sqrt(), [4., 5.])
@@ -79,11 +79,11 @@ def test_hutchinson_is_within_its_own_error():
     model = mixture(FlowSchedule())
     x = model.sample(500)
     exact = ode_log_prob(model, x, 24).value
-    found = ode_log_prob(model, x, 24, probes=64, seed=3)
+    found = ode_log_prob(model, x, 24, probes=48, seed=3)
     assert within(found.value - exact, 0.)
     share = ((found.value - exact).abs() < 2*found.standard_error).double().mean()
     assert 0.91 < share < 0.985
-    few = ode_log_prob(model, x, 24, probes=16, seed=3)
+    few = ode_log_prob(model, x, 24, probes=12, seed=3)
     assert 1.6 < (few.standard_error/found.standard_error).median() < 2.4  # 1/√probes
 
 
@@ -190,7 +190,7 @@ def test_classes_and_batches():
     model = mixture(FlowSchedule(), labels=torch.tensor([0, 0, 1, 1]))
     x, cond = model.sample(6), torch.tensor([0, 1, 0, 1, -1, 0])
     exact = model.log_prob(x, clean(model), cond)
-    found = ode_log_prob(model, x, 250, cond).value
+    found = ode_log_prob(model, x, 150, cond).value
     near = exact > -60  # far from its class a point asks for more steps than a test has
     assert near.sum() >= 3 and torch.allclose(found[near], exact[near], atol=0.02)
     whole = variational_bound(model, x, 40, cond, evaluations=7, seed=2).total
@@ -222,20 +222,20 @@ def test_under_a_network(name):
     "Modes and gradients stay as they are; dropout is off; the precision is x's."
     torch.manual_seed(0)
     denoiser = Denoiser(Net(), SCHEDULES[name], "v").train()
-    x = 0.5*counter_normal(0, "x", torch.arange(3), (1, 4, 4))
+    x = 0.5*counter_normal(0, "x", torch.arange(3), (1, 3, 3))
     marks = [torch.full_like(p, 7.) for p in denoiser.parameters()]
     for p, mark in zip(denoiser.parameters(), marks): p.grad = mark.clone()
-    found = ode_log_prob(denoiser, x, 12)
-    again = ode_log_prob(denoiser, x, 12)
+    found = ode_log_prob(denoiser, x, 8)
+    again = ode_log_prob(denoiser, x, 8)
     assert found.value.dtype == torch.float32 and torch.equal(found.value, again.value)
     assert not found.value.requires_grad and all(m.training for m in denoiser.modules())
     bound = variational_bound(denoiser, x, 30)
     assert torch.equal(bound.total, variational_bound(denoiser, x, 30).total)
     assert bound.total.dtype == torch.float32 and not bound.total.requires_grad
     assert all(torch.equal(p.grad, m) for p, m in zip(denoiser.parameters(), marks))
-    probed = ode_log_prob(denoiser, x, 12, probes=60)
+    probed = ode_log_prob(denoiser, x, 8, probes=40)
     assert ((probed.value - found.value).abs() < 5*probed.standard_error).all()
-    with torch.no_grad(): assert torch.equal(ode_log_prob(denoiser, x, 12).value, found.value)
+    with torch.no_grad(): assert torch.equal(ode_log_prob(denoiser, x, 8).value, found.value)
 
 
 def test_a_networks_density_integrates_to_one():
