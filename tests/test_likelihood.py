@@ -193,6 +193,9 @@ def test_classes_and_batches():
     found = ode_log_prob(model, x, 150, cond).value
     near = exact > -60  # far from its class a point asks for more steps than a test has
     assert near.sum() >= 3 and torch.allclose(found[near], exact[near], atol=0.02)
+    same, label = x[3:4].expand(1000, 8), cond[3:4].expand(1000)
+    nats = variational_bound(model, same, 50_000, label, evaluations=60).total
+    assert within(nats, -exact[3])
     whole = variational_bound(model, x, 40, cond, evaluations=7, seed=2).total
     parts = [variational_bound(model, x[part], 40, cond[part], evaluations=7, seed=2,
                                first=part.start).total for part in (slice(0, 2), slice(2, 6))]
