@@ -6,7 +6,7 @@
 __all__ = ['LIKELIHOOD_IMAGES', 'LIKELIHOODS', 'Model', 'loss_by_noise', 'by_evaluations', 'likelihood_lines', 'Pictures',
            'report_page', 'write_report', 'show', 'create_model', 'evaluate', 'short_name', 'record']
 
-# %% ../nbs/41_report.ipynb #02410d32
+# %% ../nbs/41_report.ipynb #0dc6bfb5
 import base64
 import html
 import io
@@ -33,7 +33,7 @@ from .plotting import COLOURS, image_grid
 from .sampler import SOLVERS, device_of
 from .tracking import TRACKERS, MetricsFile, Trackers
 
-# %% ../nbs/41_report.ipynb #25a1ef22
+# %% ../nbs/41_report.ipynb #6b58a4d2
 class Model(NamedTuple):
     "A model to be judged, and how it is to draw."
     denoiser: DenoiserLike
@@ -44,7 +44,7 @@ class Model(NamedTuple):
     x0_cond: Cond            # their conditions
     seed: int = 0
 
-# %% ../nbs/41_report.ipynb #a4c42c40
+# %% ../nbs/41_report.ipynb #8fd43d00
 @torch.inference_mode()
 def loss_by_noise(
     denoiser: DenoiserLike,
@@ -65,7 +65,7 @@ def loss_by_noise(
                      "x0": (pred.x0 - x0).square().mean().item()})
     return rows
 
-# %% ../nbs/41_report.ipynb #ab71dfa3
+# %% ../nbs/41_report.ipynb #d9b4106e
 def by_evaluations(
     denoiser: DenoiserLike,
     cond: Cond,                # one for each image
@@ -83,7 +83,7 @@ def by_evaluations(
         drawn[budget] = torch.cat([d.images for d in batches])
     return drawn
 
-# %% ../nbs/41_report.ipynb #07fa6ec2
+# %% ../nbs/41_report.ipynb #c457baad
 LIKELIHOOD_IMAGES = 64  #: of the reference; each costs a thousand evaluations of the network
 
 
@@ -101,7 +101,7 @@ def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:
 #: name -> function(denoiser, x0, cond, space) giving bits per dimension, (B,)
 LIKELIHOODS = {"bits_per_dim": _bound, "ode_bits_per_dim": _ode}
 
-# %% ../nbs/41_report.ipynb #8dba7f74
+# %% ../nbs/41_report.ipynb #bdd4b985
 def likelihood_lines(
     names: Sequence[str],      # keys of LIKELIHOODS
     model: Model,
@@ -118,7 +118,7 @@ def likelihood_lines(
         lines.append(Line(name, "model", full, bits.mean().item(), None, "lower"))
     return lines
 
-# %% ../nbs/41_report.ipynb #5e1755f2
+# %% ../nbs/41_report.ipynb #131e06e5
 def _png(image: np.ndarray, scale: int) -> str:
     "An image as a data address; each pixel becomes `scale` pixels wide, and none is smoothed."
     file = io.BytesIO()
@@ -149,7 +149,7 @@ def _chart(draw: Callable, caption: str, size: tuple[float, float] = (6.4, 3.4))
     return (f"<figure>{drawing[drawing.index('<svg'):]}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/41_report.ipynb #557dbf0f
+# %% ../nbs/41_report.ipynb #556f907e
 _STYLE = """
 :root { --ink: #1d2433; --soft: #667085; --line: #e4e7ec; --card: #fff; --good: #12805c; }
 * { box-sizing: border-box } body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -173,7 +173,7 @@ height: auto } figcaption { color: var(--soft); font-size: 14px; margin: 8px 0 0
 pre { white-space: pre-wrap; font-size: 13px; margin: 0 }
 """
 
-# %% ../nbs/41_report.ipynb #3ed1402e
+# %% ../nbs/41_report.ipynb #46f0bf4f
 def _rows(lines: Sequence[Line]) -> str:
     "The verdict as rows of a table."
     rows = []
@@ -189,7 +189,7 @@ def _rows(lines: Sequence[Line]) -> str:
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
     return "\n".join(rows)
 
-# %% ../nbs/41_report.ipynb #d5a09b21
+# %% ../nbs/41_report.ipynb #c760e227
 def _draw_ratios(lines: Sequence[Line]) -> Callable:
     "How many times the floor each distance is, through each eye."
     shown = [line for line in lines if line.ratio]
@@ -207,7 +207,7 @@ def _draw_ratios(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #900cf854
+# %% ../nbs/41_report.ipynb #e92cf01a
 def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
     "Precision against recall through each eye: samples as dots, real images as rings."
     found = {(line.eye, line.metric): line for line in lines}
@@ -228,7 +228,7 @@ def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #e4f26a00
+# %% ../nbs/41_report.ipynb #49ece1b4
 def _draw_noise(rows: Sequence[dict]) -> Callable:
     def draw(ax):
         level = [row["log_snr"] for row in rows]
@@ -247,7 +247,7 @@ class Pictures(NamedTuple):
     noise: Sequence[dict] = ()         # as `loss_by_noise` gives it
     budgets: dict[int, Tensor] = {}    # as `by_evaluations` gives it
 
-# %% ../nbs/41_report.ipynb #064387d6
+# %% ../nbs/41_report.ipynb #70229bd8
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
 
@@ -277,7 +277,7 @@ def _tiles(lines: Sequence[Line]) -> str:
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
-# %% ../nbs/41_report.ipynb #e0bba809
+# %% ../nbs/41_report.ipynb #7453c282
 def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str:  # HTML
     "One page that holds all its pictures. `facts`: title, words, and what made the samples."
     head = "<tr><th>seen by<th>metric<th class=n>value<th class=n>floor<th class=n>times<th></tr>"
@@ -302,7 +302,7 @@ def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str: 
             f'</style><main><h1>{html.escape(facts["title"])}</h1><p class=soft>'
             f'{html.escape(facts["words"])}</p>{"".join(parts)}</main></html>\n')
 
-# %% ../nbs/41_report.ipynb #29c598e0
+# %% ../nbs/41_report.ipynb #761866fa
 def write_report(
     folder: Path | str,
     lines: Sequence[Line],
@@ -322,7 +322,7 @@ def write_report(
         os.replace(part, folder/name)
     return folder/"report.html"
 
-# %% ../nbs/41_report.ipynb #8011c8b1
+# %% ../nbs/41_report.ipynb #e3aeef6a
 def _nearest_pair(judge: Judge, samples: Images, m: int) -> Tensor | None:
     "The m samples nearest to a training image, of all; then those training images."
     if judge.training is None: return None
@@ -346,7 +346,7 @@ def show(judge: Judge, samples: Images, model: Model = None, n: int = 64, m: int
     budgets = by_evaluations(model.denoiser, few, m, model.sampling, seed=model.seed)
     return Pictures(first, near, noise, budgets)
 
-# %% ../nbs/41_report.ipynb #9e1944b9
+# %% ../nbs/41_report.ipynb #65229b86
 def create_model(
     denoiser: DenoiserLike,     # as `load_denoiser` gives it
     datasets: Datasets,
@@ -365,7 +365,7 @@ def create_model(
     return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
                  denoiser.space.encode(batch.images), x0_cond, seed)
 
-# %% ../nbs/41_report.ipynb #14e8edfc
+# %% ../nbs/41_report.ipynb #375242bf
 def evaluate(
     judge: Judge,
     samples: Images,
@@ -381,7 +381,7 @@ def evaluate(
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 
-# %% ../nbs/41_report.ipynb #57824b0b
+# %% ../nbs/41_report.ipynb #bacff1f0
 def short_name(line: Line) -> str:
     "A metric's name on a tracker's page: `fd/fmnist-a`."
     return f"{line.metric}/{line.eye.partition('@')[0]}"
