@@ -453,7 +453,7 @@ def _pixels(images: Callable | None, device) -> Features:
                                         "a function that streams the training set's batches")
     return fit_pca(images(), device=device)
 
-
+# %% ../nbs/41_features.ipynb #a072d0aa
 #: name -> function(images, device) -> Features; images() streams uint8 batches of the training set
 FEATURES: dict[str, Callable[[Callable[[], Iterator[Tensor]] | None, str], Features]] = {
     **{name: _unfitted(partial(shipped, name)) for name in WEIGHTS},
