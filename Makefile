@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser benchmarks clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser benchmarks classifiers clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -66,6 +66,9 @@ benchmarks: train  ## Measure solvers, the trainer and the quick start's images 
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/quickstart.py
+
+classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
+	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)
 
 clean:  ## Remove what builds and tests leave behind (not .venv, not your runs)
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis

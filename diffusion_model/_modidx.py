@@ -704,7 +704,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'diffusion_model.features.SmallResNet.forward': ( 'features.html#smallresnet.forward',
                                                                                             'diffusion_model/features.py'),
                                           'diffusion_model.features._pixels': ('features.html#_pixels', 'diffusion_model/features.py'),
-                                          'diffusion_model.features._shipped': ('features.html#_shipped', 'diffusion_model/features.py'),
+                                          'diffusion_model.features._unfitted': ('features.html#_unfitted', 'diffusion_model/features.py'),
                                           'diffusion_model.features.check_hash': ( 'features.html#check_hash',
                                                                                    'diffusion_model/features.py'),
                                           'diffusion_model.features.classifier': ( 'features.html#classifier',

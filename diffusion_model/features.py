@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'LUMA', 'WEIGHTS', 'IMAGENET', 'EXTRA', 'INCEPTION', 'INCEPTION_FILE', 'FEATURES', 'ConvNorm', 'fold',
            'ResidualBlock', 'SmallResNet', 'MixerBlock', 'SmallMixer', 'with_channels', 'resized', 'Prepare',
-           'Features', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped', 'mean_and_covariance',
-           'Projection', 'fit_pca', 'Pooled', 'imagenet', 'InceptionPool3', 'find_inception', 'inception',
-           'from_module', 'create_features', 'has_imagenet', 'features_for']
+           'Features', 'from_module', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped',
+           'mean_and_covariance', 'Projection', 'fit_pca', 'Pooled', 'imagenet', 'InceptionPool3', 'find_inception',
+           'inception', 'create_features', 'has_imagenet', 'features_for']
 
 # %% ../nbs/41_features.ipynb #00dc05f2
 import hashlib
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (self.past(x) + self.second(self.first(x).relu())).relu()
 
-
+# %% ../nbs/41_features.ipynb #f27a5348
 class SmallResNet(nn.Module):
     "Architecture A: residual blocks on 16×16, 8×8 and 4×4 cells, 64 features."
     def __init__(
@@ -101,7 +102,7 @@ class MixerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.narrow(F.gelu(self.wide(self.space(x))))
 
-
+# %% ../nbs/41_features.ipynb #b956352d
 class SmallMixer(nn.Module):
     "Architecture B: 8×8 overlapping patches, mixed in space and in channels; 64 features."
     def __init__(
@@ -217,7 +218,7 @@ def __call__(
     batches = images.split(self.batch_size)
     return torch.cat([self.encode(x.to(self.device)).float().cpu() for x in batches])
 
-
+# %% ../nbs/41_features.ipynb #70715e7e
 @patch
 @torch.inference_mode()
 def classify(
@@ -226,9 +227,26 @@ def classify(
 ) -> Tensor:           # int64 (N,), on the CPU
     "The class that the head finds the likeliest. Raises `ValueError` where there is none."
     if "head" not in self.parts: raise ValueError(
-        f"features: {self.name} has no head that classifies; choose a classifier: "
-        f"{', '.join(WEIGHTS)}")
+        f"features: {self.name} has no head that classifies; choose one that has, such as shapes-a")
     return self.parts["head"](features.to(self.device)).argmax(1).cpu()
+
+# %% ../nbs/41_features.ipynb #ccd6e182
+def from_module(
+    name: str,
+    module: nn.Module,        # (n, channels, size, size) float -> (n, d)
+    size: int | None = None,  # pixels; None: images keep theirs
+    channels: int = 3,        # 1 or 3
+    mean: float | Sequence[float] = 0.,  # the module is given (x - mean)/std, x in [0, 1];
+    std: float | Sequence[float] = 1.,   # one number, or one for each channel
+    head: nn.Module | None = None,  # (n, d) -> logits (n, classes)
+    classes: list[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Features:
+    "Any network as features; its hash is of its weights, its parts and what stands before it."
+    prepare = Prepare(None if size is None else (size, size), channels, mean, std)
+    weights = nn.ModuleList([module, prepare, *([] if head is None else [head])])
+    sha256 = hash_tensors(weights.state_dict(), f"{name} {module!r} {size} {channels}")
+    return Features(name, module, prepare, sha256, head, classes, device)
 
 # %% ../nbs/41_features.ipynb #919288f2
 def hash_file(path: str | Path) -> str:  # 64 hex digits
@@ -248,7 +266,7 @@ def hash_tensors(
         total.update(value.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
-
+# %% ../nbs/41_features.ipynb #81d7d989
 def check_hash(
     what: str,       # named in the message
     path: str | Path,
@@ -266,7 +284,7 @@ def check_hash(
 WEIGHTS = {
     "shapes-a": "fd8eab713f918551beb3a6b4f850e632ac2fbf05249c23689561ac91e252323d",
     "shapes-b": "7677df63cb2e42f0e8e717c9aaf75e900154ae1cebd1a1379bec798f19142acb",
-    "fmnist-a": "",
+    "fmnist-a": "f79405598546ba9700c1dbd49b9b95fa6ca77cc1b01108569191a1c2bd723511",
     "fmnist-b": "",
     "mnist-a": "",
     "mnist-b": "",
@@ -287,7 +305,7 @@ def classifier(
     return Features(name, network, prepare, sha256, network.head, about["classes"], device,
                     about=about)
 
-
+# %% ../nbs/41_features.ipynb #bcdaef6a
 def shipped(name: str, device: torch.device | str = "cpu") -> Features:
     "One of the classifiers that the package ships. Raises `FileNotFoundError`, `ValueError`."
     path = Path(str(files("diffusion_model")/"weights"/f"{name}.safetensors"))
@@ -356,7 +374,7 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.network.extract_features(x).mean((2, 3))
 
-
+# %% ../nbs/41_features.ipynb #5c4ad18c
 IMAGENET = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EXTRA = "pip install 'diffusion_model[eval]'"
 
@@ -423,26 +441,11 @@ def inception(
     prepare = Prepare(None, 3, 0., 1/255)  # bytes, as they are
     return Features("inception", InceptionPool3(extractor), prepare, sha256, None, None, device, 32)
 
-# %% ../nbs/41_features.ipynb #ccd6e182
-def from_module(
-    name: str,
-    module: nn.Module,        # (n, channels, size, size) float -> (n, d)
-    size: int | None = None,  # pixels; None: images keep theirs
-    channels: int = 3,        # 1 or 3
-    mean: float | Sequence[float] = 0.,  # the module is given (x - mean)/std, x in [0, 1];
-    std: float | Sequence[float] = 1.,   # one number, or one for each channel
-    head: nn.Module | None = None,  # (n, d) -> logits (n, classes)
-    classes: list[str] | None = None,
-    device: torch.device | str = "cpu",
-) -> Features:
-    "Any network as features; its hash is of its weights, its parts and what stands before it."
-    prepare = Prepare(None if size is None else (size, size), channels, mean, std)
-    weights = nn.ModuleList([module, prepare, *([] if head is None else [head])])
-    sha256 = hash_tensors(weights.state_dict(), f"{name} {module!r} {size} {channels}")
-    return Features(name, module, prepare, sha256, head, classes, device)
-
 # %% ../nbs/41_features.ipynb #6b1e9abe
-def _shipped(name: str) -> Callable: return lambda images, device: shipped(name, device)
+def _unfitted(create: Callable) -> Callable:
+    "An entry of FEATURES for what needs no training images."
+    def entry(images, device): return create(device=device)
+    return entry
 
 
 def _pixels(images: Callable | None, device) -> Features:
@@ -450,13 +453,13 @@ def _pixels(images: Callable | None, device) -> Features:
                                         "a function that streams the training set's batches")
     return fit_pca(images(), device=device)
 
-
+# %% ../nbs/41_features.ipynb #a072d0aa
 #: name -> function(images, device) -> Features; images() streams uint8 batches of the training set
 FEATURES: dict[str, Callable[[Callable[[], Iterator[Tensor]] | None, str], Features]] = {
-    **{name: _shipped(name) for name in WEIGHTS},
+    **{name: _unfitted(partial(shipped, name)) for name in WEIGHTS},
     "pixels": _pixels,
-    "imagenet": lambda images, device: imagenet(device),
-    "inception": lambda images, device: inception(device),
+    "imagenet": _unfitted(imagenet),
+    "inception": _unfitted(inception),
 }
 
 

@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 
 def moved(x: Tensor, seed: int, positions: Tensor, mirror: bool, most: int = 2) -> Tensor:
-    "Each picture moved by up to `most` pixels; black comes in. Half of them mirrored, if so wished."
+    "Each picture moved by up to `most` pixels, black comes in; half of them mirrored, if wished."
     u = counter_uniform(seed, "augment", positions, 3)
     dy, dx = (u[:, :2]*(2*most + 1)).long().T
     size = torch.arange(x.shape[-1])
