@@ -1010,6 +1010,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'diffusion_model/report.py'),
                                         'diffusion_model.report._draw_ratios': ('report.html#_draw_ratios', 'diffusion_model/report.py'),
                                         'diffusion_model.report._figure': ('report.html#_figure', 'diffusion_model/report.py'),
+                                        'diffusion_model.report._levels': ('report.html#_levels', 'diffusion_model/report.py'),
                                         'diffusion_model.report._nearest_pair': ('report.html#_nearest_pair', 'diffusion_model/report.py'),
                                         'diffusion_model.report._ode': ('report.html#_ode', 'diffusion_model/report.py'),
                                         'diffusion_model.report._png': ('report.html#_png', 'diffusion_model/report.py'),

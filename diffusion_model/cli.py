@@ -552,7 +552,7 @@ def sample_command(argv: list[str] = None) -> int:
     "The command `diffusion-sample`."
     return _guarded(draw_samples, sample_parser, sys.argv[1:] if argv is None else argv)
 
-# %% ../nbs/43_cli.ipynb #8d5dc2ec
+# %% ../nbs/43_cli.ipynb #a6a44d96
 _EVALUATE_EXAMPLES = """
 Fields of the config's section sampling can be given too, for a checkpoint; and of its section
 data, such as --data.root, where the data are elsewhere now, or --image_size for a folder.
@@ -576,7 +576,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     _add_evaluate_options(parser.add_argument)
     return parser
 
-# %% ../nbs/43_cli.ipynb #9594eef0
+# %% ../nbs/43_cli.ipynb #e8435b0f
 def _add_evaluate_options(add) -> None:
     add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), or a "
         "checkpoint: samples are drawn from it")
@@ -603,7 +603,7 @@ def _add_evaluate_options(add) -> None:
         "data anew, and keep none ($DIFFUSION_MODEL_CACHE says where they are kept)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
-# %% ../nbs/43_cli.ipynb #3b366a4a
+# %% ../nbs/43_cli.ipynb #cd2511bf
 def _listed(text: str | None, known, option: str) -> list[str] | None:
     "The names of a list with commas, each known. Raises ConfigError."
     if text is None: return None
@@ -635,7 +635,7 @@ def _check_evaluated(args) -> None:
         raise ConfigError(["--samples: name what they should be like: --config NAME (its data), "
                            "or --reference FOLDER"])
 
-# %% ../nbs/43_cli.ipynb #f14e4e4f
+# %% ../nbs/43_cli.ipynb #8aff1409
 def _image_files(path: str, option: str, **how):
     "The images of a folder, or of a file. Raises FileNotFoundError and ValueError."
     from diffusion_model.judge import array_images, folder_images
@@ -659,7 +659,7 @@ def _first(images, n: int | None):
         f"--num_samples: found {n}; there are {images.count} images in {images.name}"])
     return images._replace(count=n)
 
-# %% ../nbs/43_cli.ipynb #fa0950cf
+# %% ../nbs/43_cli.ipynb #47663d7c
 def _judge_files(args, overrides: list[str], features: list | None, **how):
     "Judge and samples of a folder or file."
     from diffusion_model.dataset import create_dataset
@@ -681,7 +681,7 @@ def _judge_files(args, overrides: list[str], features: list | None, **how):
     judge = create_judge(data, datasets, _reference(args, data.channels), features, device, **how)
     return judge, _first(samples, _count(args.num_samples, None))
 
-# %% ../nbs/43_cli.ipynb #64f022ec
+# %% ../nbs/43_cli.ipynb #67e5cc67
 _MOVED = ("data.root", "data.download", "data.test_size")  # what judging may find elsewhere
 
 
@@ -705,7 +705,7 @@ def _judge_checkpoint(args, overrides: list[str], features: list | None, world, 
                            f"samples of {checkpoint.path}")
     return judge, samples, model, checkpoint
 
-# %% ../nbs/43_cli.ipynb #b52916cc
+# %% ../nbs/43_cli.ipynb #b6c58f68
 def _report_folder(args, step: Path | None) -> Path:
     "Where the report is written. Raises ConfigError where it cannot be."
     if args.output_dir: folder = Path(args.output_dir).expanduser()
@@ -717,12 +717,14 @@ def _report_folder(args, step: Path | None) -> Path:
     return folder
 
 
-def _facts(args, judge, samples, model) -> dict:
+def _facts(args, judge, samples, model, checkpoint) -> dict:
     "What made a report, in plain values."
     from diffusion_model.tracking import run_metadata
     name = args.checkpoint or args.samples
+    title = Path(name).name if checkpoint is None else \
+        f"{_run_of(checkpoint.path).name} after {checkpoint.step:,} steps"
     drawn = None if model is None else model.sampling.model_dump(mode="json") | {"seed": model.seed}
-    return {"title": f"How good is {Path(name).name}?",
+    return {"title": f"How good is {title}?",
             "words": f"{samples.count:,} images of {samples.shape[1]}×{samples.shape[2]} pixels "
                      f"from {name}, beside {judge.reference.count:,} of {judge.reference.name}",
             "samples": {"name": samples.name, "count": samples.count, "content": samples.content},
@@ -731,7 +733,7 @@ def _facts(args, judge, samples, model) -> dict:
             "features": {eye.name: eye.sha256 for eye in judge.eyes}, "sampling": drawn,
             "made": run_metadata(judge.eyes[0].device)}
 
-# %% ../nbs/43_cli.ipynb #fb738f2c
+# %% ../nbs/43_cli.ipynb #647ee789
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     "Judge samples, as the command line says."
     _check_evaluated(args)
@@ -752,8 +754,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
         args, overrides, eyes, world, **how)
     judge.check(samples, labelled=model is None or model.denoiser.num_classes > 0)
     folder = _report_folder(args, checkpoint and checkpoint.path)
-    lines = report.evaluate(judge, samples, folder, _facts(args, judge, samples, model), model,
-                            likelihoods)
+    lines = report.evaluate(judge, samples, folder, _facts(
+        args, judge, samples, model, checkpoint), model, likelihoods)
     if world.main:
         if checkpoint: report.record(_run_of(checkpoint.path), checkpoint.step, lines,
                                      checkpoint.config)
@@ -762,7 +764,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     world.close()
     return 0
 
-# %% ../nbs/43_cli.ipynb #89f3cd4a
+# %% ../nbs/43_cli.ipynb #4bf6c881
 def evaluate_command(argv: list[str] = None) -> int:
     "The command `diffusion-evaluate`."
     return _guarded(evaluate, evaluate_parser, sys.argv[1:] if argv is None else argv)

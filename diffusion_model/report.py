@@ -6,7 +6,7 @@
 __all__ = ['LIKELIHOOD_IMAGES', 'LIKELIHOODS', 'Model', 'loss_by_noise', 'by_evaluations', 'likelihood_lines', 'Pictures',
            'report_page', 'write_report', 'show', 'create_model', 'evaluate', 'short_name', 'record']
 
-# %% ../nbs/41_report.ipynb #0dc6bfb5
+# %% ../nbs/41_report.ipynb #e28f74cc
 import base64
 import html
 import io
@@ -29,11 +29,13 @@ from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, nearest
 from .generation import generate
 from .judge import Images, Judge, Line, asked_labels, in_short, short_name
+from .likelihood import (
+    Levels, bits_per_dim, dequantise, ode_log_prob, variational_bound)
 from .plotting import COLOURS, image_grid
 from .sampler import SOLVERS, device_of
 from .tracking import TRACKERS, MetricsFile, Trackers
 
-# %% ../nbs/41_report.ipynb #6b58a4d2
+# %% ../nbs/41_report.ipynb #7ff7baec
 class Model(NamedTuple):
     "A model to be judged, and how it is to draw."
     denoiser: DenoiserLike
@@ -44,7 +46,7 @@ class Model(NamedTuple):
     x0_cond: Cond            # their conditions
     seed: int = 0
 
-# %% ../nbs/41_report.ipynb #8fd43d00
+# %% ../nbs/41_report.ipynb #ab4e1f4e
 @torch.inference_mode()
 def loss_by_noise(
     denoiser: DenoiserLike,
@@ -65,7 +67,7 @@ def loss_by_noise(
                      "x0": (pred.x0 - x0).square().mean().item()})
     return rows
 
-# %% ../nbs/41_report.ipynb #d9b4106e
+# %% ../nbs/41_report.ipynb #71332cb8
 def by_evaluations(
     denoiser: DenoiserLike,
     cond: Cond,                # one for each image
@@ -83,25 +85,35 @@ def by_evaluations(
         drawn[budget] = torch.cat([d.images for d in batches])
     return drawn
 
-# %% ../nbs/41_report.ipynb #c457baad
-LIKELIHOOD_IMAGES = 64  #: of the reference; each costs a thousand evaluations of the network
+# %% ../nbs/41_report.ipynb #8e46e37d
+LIKELIHOOD_IMAGES = 64  #: of the test set, the first
 
 
-@torch.no_grad()
-def _bound(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:
-    "Bits per dimension of each image, by the variational bound."
-    raise ValueError("to come")
+def _levels(space) -> Levels:
+    "The 256 grey levels of a space of pixels. Raises ValueError for another space."
+    if space.range is None: raise ValueError(
+        "metrics: bits per dimension are of bytes, and this model works in a space without them: "
+        "leave bits_per_dim and ode_bits_per_dim out")
+    return Levels(256, *space.range)
 
 
-def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:
-    "Bits per dimension of each image, along the probability-flow ODE; Hutchinson's divergence."
-    raise ValueError("to come")
+def _bound(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
+    "The variational bound, from 128 random steps of the chain for each image: without bias."
+    bound = variational_bound(denoiser, x0, cond=cond, levels=_levels(space), evaluations=128)
+    return bits_per_dim(bound.total, x0[0].numel())
+
+
+def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
+    "Along the probability-flow ODE, of dequantised images; Hutchinson's estimate with one probe."
+    levels = _levels(space)
+    log_prob = ode_log_prob(denoiser, dequantise(x0, levels), cond=cond, probes=1).value
+    return bits_per_dim(-log_prob, x0[0].numel(), levels.width)
 
 
 #: name -> function(denoiser, x0, cond, space) giving bits per dimension, (B,)
 LIKELIHOODS = {"bits_per_dim": _bound, "ode_bits_per_dim": _ode}
 
-# %% ../nbs/41_report.ipynb #bdd4b985
+# %% ../nbs/41_report.ipynb #be523b03
 def likelihood_lines(
     names: Sequence[str],      # keys of LIKELIHOODS
     model: Model,
@@ -118,7 +130,7 @@ def likelihood_lines(
         lines.append(Line(name, "model", full, bits.mean().item(), None, "lower"))
     return lines
 
-# %% ../nbs/41_report.ipynb #131e06e5
+# %% ../nbs/41_report.ipynb #fc9fd11c
 def _png(image: np.ndarray, scale: int) -> str:
     "An image as a data address; each pixel becomes `scale` pixels wide, and none is smoothed."
     file = io.BytesIO()
@@ -149,7 +161,7 @@ def _chart(draw: Callable, caption: str, size: tuple[float, float] = (6.4, 3.4))
     return (f"<figure>{drawing[drawing.index('<svg'):]}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/41_report.ipynb #556f907e
+# %% ../nbs/41_report.ipynb #3661dd62
 _STYLE = """
 :root { --ink: #1d2433; --soft: #667085; --line: #e4e7ec; --card: #fff; --good: #12805c; }
 * { box-sizing: border-box } body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -173,7 +185,7 @@ height: auto } figcaption { color: var(--soft); font-size: 14px; margin: 8px 0 0
 pre { white-space: pre-wrap; font-size: 13px; margin: 0 }
 """
 
-# %% ../nbs/41_report.ipynb #46f0bf4f
+# %% ../nbs/41_report.ipynb #c23ade8a
 def _rows(lines: Sequence[Line]) -> str:
     "The verdict as rows of a table."
     rows = []
@@ -189,7 +201,7 @@ def _rows(lines: Sequence[Line]) -> str:
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
     return "\n".join(rows)
 
-# %% ../nbs/41_report.ipynb #c760e227
+# %% ../nbs/41_report.ipynb #6c799cd7
 def _draw_ratios(lines: Sequence[Line]) -> Callable:
     "How many times the floor each distance is, through each eye."
     shown = [line for line in lines if line.ratio]
@@ -203,11 +215,13 @@ def _draw_ratios(lines: Sequence[Line]) -> Callable:
         ax.axvline(1, color="#12805c", lw=1.5)
         ax.set(xscale="log", xlabel="times the floor (1: as good as real images)",
                yticks=range(len(metrics)), yticklabels=metrics)
-        ax.margins(y=0.4)
-        ax.legend(frameon=False)
+        for part in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            part(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else "")
+        ax.margins(y=0.5)
+        ax.legend(frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.18))
     return draw
 
-# %% ../nbs/41_report.ipynb #e92cf01a
+# %% ../nbs/41_report.ipynb #7a69c5e1
 def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
     "Precision against recall through each eye: samples as dots, real images as rings."
     found = {(line.eye, line.metric): line for line in lines}
@@ -228,7 +242,7 @@ def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #49ece1b4
+# %% ../nbs/41_report.ipynb #270c87d1
 def _draw_noise(rows: Sequence[dict]) -> Callable:
     def draw(ax):
         level = [row["log_snr"] for row in rows]
@@ -247,7 +261,7 @@ class Pictures(NamedTuple):
     noise: Sequence[dict] = ()         # as `loss_by_noise` gives it
     budgets: dict[int, Tensor] = {}    # as `by_evaluations` gives it
 
-# %% ../nbs/41_report.ipynb #70229bd8
+# %% ../nbs/41_report.ipynb #a6e6e12a
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
 
@@ -268,16 +282,17 @@ def _charts(lines: Sequence[Line], pictures: Pictures) -> str:
 def _tiles(lines: Sequence[Line]) -> str:
     "The few numbers that are looked at first: each distance through the last classifier."
     eyes = list(dict.fromkeys(line.eye for line in lines))
-    tiles = []
-    for line in [line for line in lines if line.eye == eyes[min(1, len(eyes) - 1)]]:
+    tiles, chosen = [], eyes[min(1, len(eyes) - 1)]
+    seen_by = html.escape(chosen.partition("@")[0])
+    for line in [line for line in lines if line.eye == chosen]:
         beside = "" if line.ratio is None else "at the floor" if line.ratio <= 1 else \
             f"{line.ratio:.1f} × the floor"
         if line.metric in ("fd", "mind", "precision", "recall", "accuracy", "memorised"):
-            tiles.append(f'<div class="tile"><span class="soft">{line.metric}</span>'
+            tiles.append(f'<div class="tile"><span class="soft">{line.metric}, {seen_by}</span>'
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
-# %% ../nbs/41_report.ipynb #7453c282
+# %% ../nbs/41_report.ipynb #8cf06a9b
 def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str:  # HTML
     "One page that holds all its pictures. `facts`: title, words, and what made the samples."
     head = "<tr><th>seen by<th>metric<th class=n>value<th class=n>floor<th class=n>times<th></tr>"
@@ -302,7 +317,7 @@ def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str: 
             f'</style><main><h1>{html.escape(facts["title"])}</h1><p class=soft>'
             f'{html.escape(facts["words"])}</p>{"".join(parts)}</main></html>\n')
 
-# %% ../nbs/41_report.ipynb #761866fa
+# %% ../nbs/41_report.ipynb #87e04e69
 def write_report(
     folder: Path | str,
     lines: Sequence[Line],
@@ -322,7 +337,7 @@ def write_report(
         os.replace(part, folder/name)
     return folder/"report.html"
 
-# %% ../nbs/41_report.ipynb #e3aeef6a
+# %% ../nbs/41_report.ipynb #ea1e87fc
 def _nearest_pair(judge: Judge, samples: Images, m: int) -> Tensor | None:
     "The m samples nearest to a training image, of all; then those training images."
     if judge.training is None: return None
@@ -346,7 +361,7 @@ def show(judge: Judge, samples: Images, model: Model = None, n: int = 64, m: int
     budgets = by_evaluations(model.denoiser, few, m, model.sampling, seed=model.seed)
     return Pictures(first, near, noise, budgets)
 
-# %% ../nbs/41_report.ipynb #65229b86
+# %% ../nbs/41_report.ipynb #026f3afd
 def create_model(
     denoiser: DenoiserLike,     # as `load_denoiser` gives it
     datasets: Datasets,
@@ -365,7 +380,7 @@ def create_model(
     return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
                  denoiser.space.encode(batch.images), x0_cond, seed)
 
-# %% ../nbs/41_report.ipynb #375242bf
+# %% ../nbs/41_report.ipynb #32ff2040
 def evaluate(
     judge: Judge,
     samples: Images,
@@ -381,7 +396,7 @@ def evaluate(
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 
-# %% ../nbs/41_report.ipynb #bacff1f0
+# %% ../nbs/41_report.ipynb #afd22324
 def short_name(line: Line) -> str:
     "A metric's name on a tracker's page: `fd/fmnist-a`."
     return f"{line.metric}/{line.eye.partition('@')[0]}"
