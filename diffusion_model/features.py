@@ -300,7 +300,7 @@ WEIGHTS = {
     "fmnist-a": "f79405598546ba9700c1dbd49b9b95fa6ca77cc1b01108569191a1c2bd723511",
     "fmnist-b": "0232eb2ca178af4af6b667a0c7b50a5e08be4811f4695b77fe7ee424f89a9c80",
     "mnist-a": "22ca67da1ae5f8adcb4990ab7f41d90680abb464da149609ec2b5919fce57c47",
-    "mnist-b": "",
+    "mnist-b": "591b19586db95076ed43cd8dc4c40ab3c6b54d711d9f5b19e331ec5571bc1dde",
 }
 
 
