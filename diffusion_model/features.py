@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'LUMA', 'WEIGHTS', 'IMAGENET', 'EXTRA', 'INCEPTION', 'INCEPTION_FILE', 'FEATURES', 'ConvNorm', 'fold',
-           'ResidualBlock', 'SmallResNet', 'MixerBlock', 'SmallMixer', 'with_channels', 'resized', 'Prepare',
-           'Features', 'from_module', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped',
+           'ResidualBlock', 'SmallResNet', 'DenseLayer', 'DenseStage', 'SmallDenseNet', 'with_channels', 'resized',
+           'Prepare', 'Features', 'from_module', 'hash_file', 'hash_tensors', 'check_hash', 'classifier', 'shipped',
            'mean_and_covariance', 'Projection', 'fit_pca', 'Pooled', 'imagenet', 'InceptionPool3', 'find_inception',
            'inception', 'create_features', 'has_imagenet', 'features_for']
 
@@ -86,42 +86,55 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, channels, 32, 32) in [-1, 1] -> (B, 64)
         return self.blocks(self.stem(x).relu()).mean((2, 3))
 
-# %% ../nbs/41_features.ipynb #7e78fc97
-class MixerBlock(nn.Module):
-    "A cell looks at its neighbours, channel by channel; then it thinks, each cell for itself."
+# %% ../nbs/41_features.ipynb #6362e4f6
+class DenseLayer(nn.Module):
+    "New channels, made from all channels so far, which stay (Huang et al. 2017, Eq. 2)."
     def __init__(
         self,
-        channels: int,
-        expand: int = 2,  # how much wider the cells think
+        before: int,    # channels
+        new: int = 16,  # channels
     ):
         super().__init__()
-        self.space = ConvNorm(channels, channels, 3, groups=channels)
-        self.wide = ConvNorm(channels, expand*channels, 1)
-        self.narrow = nn.Conv2d(expand*channels, channels, 1)
+        self.conv = ConvNorm(before, new, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.narrow(F.gelu(self.wide(self.space(x))))
+    def forward(self, x: Tensor) -> Tensor:  # (B, before, H, W) -> (B, before + new, H, W)
+        return torch.cat([x, F.gelu(self.conv(x))], 1)
 
-# %% ../nbs/41_features.ipynb #b956352d
-class SmallMixer(nn.Module):
-    "Architecture B: 8×8 overlapping patches, mixed in space and in channels; 64 features."
+# %% ../nbs/41_features.ipynb #67d91b72
+class DenseStage(nn.Module):
+    "Three dense layers; what they found is mixed into fewer channels."
+    def __init__(
+        self,
+        before: int,  # channels
+        after: int,   # channels
+    ):
+        super().__init__()
+        self.layers = nn.Sequential(*[DenseLayer(before + 16*i) for i in range(3)])
+        self.mix = ConvNorm(before + 48, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor: return F.gelu(self.mix(self.layers(x)))
+
+# %% ../nbs/41_features.ipynb #3b0fe674
+class SmallDenseNet(nn.Module):
+    "Architecture B: patches of 2×2 pixels, dense stages on 16×16, 8×8 and 4×4 cells, 64 features."
     def __init__(
         self,
         channels: int,  # of the images, 1 or 3
         classes: int,
     ):
         super().__init__()
-        self.patches = ConvNorm(channels, 48, 7, 4)
-        self.blocks = nn.Sequential(*[MixerBlock(48) for _ in range(4)])
-        self.last = ConvNorm(48, 64, 1)
+        self.patches = ConvNorm(channels, 16, 2, 2)
+        self.stages = nn.ModuleList(DenseStage(*w) for w in ((16, 32), (32, 48), (48, 64)))
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels, 32, 32) in [-1, 1] -> (B, 64)
-        return F.gelu(self.last(self.blocks(self.patches(x)))).mean((2, 3))
+        x = self.stages[0](self.patches(x))
+        for stage in self.stages[1:]: x = stage(F.avg_pool2d(x, 2))
+        return x.mean((2, 3))
 
 
 #: the architectures of the classifiers, by the last letter of their names
-ARCHITECTURES = {"a": SmallResNet, "b": SmallMixer}
+ARCHITECTURES = {"a": SmallResNet, "b": SmallDenseNet}
 
 # %% ../nbs/41_features.ipynb #f5450d79
 LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue are to us (ITU-R BT.601)
@@ -233,7 +246,7 @@ def classify(
 # %% ../nbs/41_features.ipynb #ccd6e182
 def from_module(
     name: str,
-    module: nn.Module,        # (n, channels, size, size) float -> (n, d)
+    module: nn.Module,        # (n, channels, size, size) -> (n, d); frozen, in eval mode
     size: int | None = None,  # pixels; None: images keep theirs
     channels: int = 3,        # 1 or 3
     mean: float | Sequence[float] = 0.,  # the module is given (x - mean)/std, x in [0, 1];
@@ -283,10 +296,10 @@ def check_hash(
 #: sha256 of the weights that the package ships, by the name of the features
 WEIGHTS = {
     "shapes-a": "fd8eab713f918551beb3a6b4f850e632ac2fbf05249c23689561ac91e252323d",
-    "shapes-b": "7677df63cb2e42f0e8e717c9aaf75e900154ae1cebd1a1379bec798f19142acb",
+    "shapes-b": "e75e4827defc2ef00acbae0e1a2804ae9f939c79a8bd8a4ee0976660c893f8b4",
     "fmnist-a": "f79405598546ba9700c1dbd49b9b95fa6ca77cc1b01108569191a1c2bd723511",
-    "fmnist-b": "",
-    "mnist-a": "",
+    "fmnist-b": "0232eb2ca178af4af6b667a0c7b50a5e08be4811f4695b77fe7ee424f89a9c80",
+    "mnist-a": "22ca67da1ae5f8adcb4990ab7f41d90680abb464da149609ec2b5919fce57c47",
     "mnist-b": "",
 }
 
@@ -355,7 +368,7 @@ def fit_pca(
     if first is None: raise ValueError("pixels: found no images; pass those of the training set")
     C, H, W = first.shape[1:]
     prepare = Prepare((min(H, size), min(W, size)), C, 0.5, 0.5)
-    stream = (prepare(x).flatten(1) for batch in ([first], images) for x in batch)
+    stream = (prepare(x.cpu()).flatten(1) for batch in ([first], images) for x in batch)
     n, mean, covariance = mean_and_covariance(stream)
     if n <= components: raise ValueError(f"pixels: found {n} images; allowed: more than "
                                          f"{components}, one for each direction")

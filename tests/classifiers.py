@@ -138,8 +138,8 @@ def write(name: str, root: Path, out: Path, steps: int) -> str:
             f"{path.stat().st_size/1000:.0f} kB, {took:.0f} s")
 
 
-STEPS = {"shapes-a": 600, "shapes-b": 600, "fmnist-a": 3500, "fmnist-b": 3500,
-         "mnist-a": 2500, "mnist-b": 2500}
+STEPS = {"shapes-a": 600, "shapes-b": 400, "fmnist-a": 3500, "fmnist-b": 2800,
+         "mnist-a": 2500, "mnist-b": 1800}
 
 
 def main() -> None:
