@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Moments', 'frechet_distance', 'fd', 'kid', 'wasserstein_1d', 'mind', 'nearest', 'radii', 'precision',
            'recall', 'density', 'coverage', 'class_accuracy', 'memorised', 'Evidence', 'Metric', 'score']
 
-# %% ../nbs/41_evaluation.ipynb #8b0395cb
+# %% ../nbs/41_evaluation.ipynb #71e5f4f5
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .counters import counter_normal
 
-# %% ../nbs/41_evaluation.ipynb #ba252872
+# %% ../nbs/41_evaluation.ipynb #eadc7dfe
 def _features(**named: Tensor) -> list[Tensor]:  # each (N, d) float64
     "In float64. Raises ValueError for what is not a matrix of finite rows, all of one width."
     width, checked = None, []
@@ -37,7 +37,7 @@ def _features(**named: Tensor) -> list[Tensor]:  # each (N, d) float64
         checked.append(x)
     return checked
 
-# %% ../nbs/41_evaluation.ipynb #44ffe5c4
+# %% ../nbs/41_evaluation.ipynb #e0aeb5ed
 class Moments:
     "Mean and covariance of rows that come in batches: of any size, in any order."
     def __init__(self):
@@ -61,10 +61,10 @@ def update(self: Moments, features: Tensor) -> Moments:  # (n, d) a batch; itsel
     batch._scatter = centred.T @ centred
     return self.merge(batch)
 
-# %% ../nbs/41_evaluation.ipynb #5ae7f000
+# %% ../nbs/41_evaluation.ipynb #a76d33b7
 @patch
 def merge(self: Moments, other: Moments) -> Moments:  # itself, with the other's rows
-    "Join two parts of one set (Chan et al. 1979, Eq. 2.1), of two processes for example."
+    "Join two parts of one set (Chan et al. 1982), of two processes for example."
     if not other.count: return self
     if not self.count:
         self.count, self.mean, self._scatter = other.count, other.mean, other._scatter
@@ -78,7 +78,7 @@ def merge(self: Moments, other: Moments) -> Moments:  # itself, with the other's
     self.count = total
     return self
 
-# %% ../nbs/41_evaluation.ipynb #ffc88aa6
+# %% ../nbs/41_evaluation.ipynb #6efd3302
 def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:  # eigenvalues (d,), vectors (d, d)
     "Of a matrix that has no eigenvalue below 0: what is at the size of rounding errors is 0."
     values, vectors = torch.linalg.eigh(matrix)
@@ -103,7 +103,7 @@ def fd(
     samples, reference = _features(samples=samples, reference=reference)
     return frechet_distance(Moments().update(samples), Moments().update(reference))
 
-# %% ../nbs/41_evaluation.ipynb #11ef4134
+# %% ../nbs/41_evaluation.ipynb #7191b97e
 _SIDE = 1024  # rows of either set that are compared at once: 1024² pairs are 8 MB
 
 
@@ -123,19 +123,19 @@ def kid(
     samples: Tensor,    # (N, d) features, N at least 2
     reference: Tensor,  # (M, d), M at least 2
 ) -> float:             # unbiased, so that it can be below 0
-    "Kernel distance: MMD² with a cubic kernel, of all samples (Binkowski et al. 2018, Eq. 4)."
+    "Kernel distance: MMD² with a cubic kernel, of all samples (Bińkowski et al. 2018)."
     samples, reference = _features(samples=samples, reference=reference)
     _enough(2, samples=samples, reference=reference)
     within = _kernel_mean(samples, samples, True) + _kernel_mean(reference, reference, True)
     return within - 2*_kernel_mean(samples, reference)
 
-# %% ../nbs/41_evaluation.ipynb #1554ba25
+# %% ../nbs/41_evaluation.ipynb #b254f62f
 def _enough(least: int, **named: Tensor) -> None:
     for name, x in named.items():
         if len(x) < least: raise ValueError(
             f"{name}: found {len(x)} rows; allowed: at least {least}: bring more images")
 
-# %% ../nbs/41_evaluation.ipynb #bd9ebeb4
+# %% ../nbs/41_evaluation.ipynb #a6f5abb1
 def wasserstein_1d(
     a: Tensor,      # (N, L) numbers; each column is a set of its own
     b: Tensor,      # (M, L)
@@ -151,7 +151,7 @@ def wasserstein_1d(
     between = (a[:, (ends - 1)//M] - b[:, (ends - 1)//N]).abs()
     return between**p @ widths
 
-# %% ../nbs/41_evaluation.ipynb #cea5f5f7
+# %% ../nbs/41_evaluation.ipynb #d7629a04
 def mind(
     samples: Tensor,          # (N, d) features
     reference: Tensor,        # (M, d)
@@ -167,7 +167,7 @@ def mind(
         total += wasserstein_1d(samples @ some.T, reference @ some.T).sum().item()
     return 3*d*total/projections
 
-# %% ../nbs/41_evaluation.ipynb #8eda047e
+# %% ../nbs/41_evaluation.ipynb #b819e733
 def _squares(x: Tensor, y: Tensor) -> Tensor:  # (n, m)
     "‖x_i − y_j‖² of all pairs from one matrix product, with the rounding errors of its terms."
     product = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
@@ -183,7 +183,7 @@ def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "A shift of both changes no distance, but costs `_squares` digits."
     return x - y.mean(0), y - y.mean(0)
 
-# %% ../nbs/41_evaluation.ipynb #e199d8a2
+# %% ../nbs/41_evaluation.ipynb #74c488f3
 def _near(x: Tensor, y: Tensor, k: int, own: int | None) -> Tensor:  # (n, k) rows of y
     "The k nearest rows of y; `own`: x is y[own:own + n], and a row is not its own neighbour."
     best = x.new_full((len(x), k), math.inf)
@@ -207,7 +207,7 @@ def _neighbours(x: Tensor, y: Tensor, k: int, others: bool = False) -> tuple[Ten
     distances, order = distances.sort(dim=1, stable=True)
     return distances, index.gather(1, order)
 
-# %% ../nbs/41_evaluation.ipynb #d61262d9
+# %% ../nbs/41_evaluation.ipynb #f0be20cd
 def nearest(
     x: Tensor,     # (N, d)
     y: Tensor,     # (M, d)
@@ -218,7 +218,7 @@ def nearest(
     if not 1 <= k <= len(y): raise ValueError(f"k: found {k}; allowed: 1 to {len(y)}, all of y")
     return _neighbours(x, y, k)
 
-# %% ../nbs/41_evaluation.ipynb #3f5aba97
+# %% ../nbs/41_evaluation.ipynb #387d31d5
 def radii(
     x: Tensor,     # (N, d)
     k: int = 3,    # 1 to N − 1
@@ -230,7 +230,7 @@ def radii(
         "images, or choose a smaller k")
     return _neighbours(x, x, k, others=True)[0][:, -1]
 
-# %% ../nbs/41_evaluation.ipynb #dd830c7c
+# %% ../nbs/41_evaluation.ipynb #0f4b3704
 def _balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:  # (N,) int64
     "How many of the balls each row of x lies in (inside, not on the border)."
     counts = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -254,7 +254,7 @@ def _inside(x: Tensor, centres: Tensor, radius: Tensor, a: Tensor, b: Tensor) ->
         inside[i, j] = _distance(x[i], centres[j]) < radius[j]
     return inside
 
-# %% ../nbs/41_evaluation.ipynb #56957c1c
+# %% ../nbs/41_evaluation.ipynb #e712786f
 def precision(
     samples: Tensor,    # (N, d) features
     reference: Tensor,  # (M, d)
@@ -269,7 +269,7 @@ def recall(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to 1
     "Share of the reference in some ball of the samples (Kynkäänniemi et al. 2019, Eqs. 1 and 2)."
     return precision(reference, samples, k)
 
-# %% ../nbs/41_evaluation.ipynb #451d0a0a
+# %% ../nbs/41_evaluation.ipynb #650e57fb
 def density(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to ∞; about 1 is right
     "Balls of the reference around a sample, on average, over k (Naeem et al. 2020)."
     samples, reference = _features(samples=samples, reference=reference)
@@ -282,7 +282,7 @@ def coverage(samples: Tensor, reference: Tensor, k: int = 3) -> float:  # 0 to 1
     closest, _ = _neighbours(reference, samples, 1)
     return (closest[:, 0] < radii(reference, k)).double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #0a1533c3
+# %% ../nbs/41_evaluation.ipynb #54620455
 def class_accuracy(
     predicted: Tensor,  # (N,) int64 classes that a classifier sees
     asked: Tensor,      # (N,) int64 classes that were asked for; below 0: none
@@ -296,7 +296,7 @@ def class_accuracy(
                                           "one must be 0 or above: leave accuracy out")
     return (predicted == asked)[wanted].double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #8820be15
+# %% ../nbs/41_evaluation.ipynb #7e64fd2a
 def memorised(
     samples: Tensor,    # (N, d) features
     training: Tensor,   # (K, d) of the images that were trained on
@@ -311,7 +311,7 @@ def memorised(
     limit = usual.kthvalue(max(1, round(quantile*len(usual)))).values
     return (_neighbours(samples, training, 1)[0][:, 0] <= limit).double().mean().item()
 
-# %% ../nbs/41_evaluation.ipynb #5c73134d
+# %% ../nbs/41_evaluation.ipynb #2ad0451f
 class Evidence(NamedTuple):
     "What a metric may look at."
     samples: Tensor                  # (N, d) features of what is judged
@@ -329,7 +329,7 @@ class Metric(NamedTuple):
     needs: tuple[str, ...] = ()  # fields of Evidence beyond samples and reference
     title: str = ""              # one plain sentence, for reports
 
-# %% ../nbs/41_evaluation.ipynb #45a92d1d
+# %% ../nbs/41_evaluation.ipynb #871511dc
 def _fd(e): return fd(e.samples, e.reference)
 def _kid(e): return kid(e.samples, e.reference)
 def _mind(e): return mind(e.samples, e.reference)
@@ -356,7 +356,7 @@ METRICS = {
                         "Share of samples that are as close to the training set as copies"),
 }
 
-# %% ../nbs/41_evaluation.ipynb #815efe83
+# %% ../nbs/41_evaluation.ipynb #b4254f90
 def score(
     evidence: Evidence,
     metrics: Sequence[str],  # keys of METRICS
@@ -373,7 +373,7 @@ def score(
                 "evidence, or leave the metric out")
     return {name: float(METRICS[name].compute(evidence)) for name in metrics}
 
-# %% ../nbs/41_evaluation.ipynb #b3100c76
+# %% ../nbs/41_evaluation.ipynb #39d8f103
 def _check_evidence(e: Evidence) -> None:
     "Refuse features that cannot be compared, before anything is computed."
     images = {name: getattr(e, name) for name in ("samples", "reference", "training", "held_out")}
