@@ -42,7 +42,8 @@ TESTS = {
     "processes": ["test_launchers.py", "test_training.py", "faults/test_numbers.py",
                   "faults/test_processes.py"],
     "objective": RUNS, "training": RUNS, "callbacks": RUNS, "generation": ["test_cli.py", *RUNS],
-    "cli": ["faults/test_fields.py", "faults/test_saving.py"],
+    "cli": ["faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
+    "features": ["test_judge.py"], "report": ["test_judge.py"],
 }
 
 
