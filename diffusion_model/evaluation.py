@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'Moments', 'frechet_distance', 'fd', 'kid', 'wasserstein_1
 # %% ../nbs/41_evaluation.ipynb #71e5f4f5
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -110,10 +111,11 @@ _SIDE = 1024  # rows of either set that are compared at once: 1024² pairs are 8
 def _kernel_mean(x: Tensor, y: Tensor, others: bool = False) -> float:
     "Mean of (xᵀy/d + 1)³ over all pairs; `others`: x is y, and no row is its own partner."
     total = 0.
-    for rows in x.split(_SIDE):
-        for columns in y.split(_SIDE):
+    for i, rows in enumerate(x.split(_SIDE)):
+        for j, columns in enumerate(y.split(_SIDE)):
+            if others and j < i: continue  # the same pairs as in block (j, i)
             base = rows @ columns.T/x.shape[1] + 1
-            total += (base*base*base).sum().item()
+            total += (base*base*base).sum().item()*(2 if others and j > i else 1)
     if not others: return total/(len(x)*len(y))
     alone = ((x.square().sum(1)/x.shape[1] + 1)**3).sum().item()
     return (total - alone)/(len(x)*(len(x) - 1))
@@ -330,13 +332,29 @@ class Metric(NamedTuple):
     title: str = ""              # one plain sentence, for reports
 
 # %% ../nbs/41_evaluation.ipynb #871511dc
+@lru_cache(maxsize=4)  # of the reference: the same for all that is held against it
+def _known_radii(x: Tensor, k: int) -> Tensor: return radii(x, k)
+
+
+@lru_cache(maxsize=1)  # four metrics are asked one after the other
+def _manifolds(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str, float]:
+    "`precision`, `recall`, `density` and `coverage` at once: each ball and each pair but once."
+    real = _known_radii(reference, k)
+    x, y = _features(samples=samples, reference=reference)
+    around, (closest, _) = _balls(x, y, real), _neighbours(y, x, 1)
+    return {"precision": (around > 0).double().mean().item(),
+            "recall": (_balls(y, x, radii(x, k)) > 0).double().mean().item(),
+            "density": around.double().mean().item()/k,
+            "coverage": (closest[:, 0] < real).double().mean().item()}
+
+
+def _of_manifolds(name: str) -> Callable[[Evidence], float]:
+    return lambda e: _manifolds(e.samples, e.reference)[name]
+
+# %% ../nbs/41_evaluation.ipynb #a463df68
 def _fd(e): return fd(e.samples, e.reference)
 def _kid(e): return kid(e.samples, e.reference)
 def _mind(e): return mind(e.samples, e.reference)
-def _precision(e): return precision(e.samples, e.reference)
-def _recall(e): return recall(e.samples, e.reference)
-def _density(e): return density(e.samples, e.reference)
-def _coverage(e): return coverage(e.samples, e.reference)
 def _accuracy(e): return class_accuracy(e.predicted, e.asked)
 def _memorised(e): return memorised(e.samples, e.training, e.held_out)
 
@@ -346,10 +364,14 @@ METRICS = {
     "fd": Metric(_fd, "lower", (), "Fréchet distance of means and covariances"),
     "kid": Metric(_kid, "lower", (), "Kernel distance, without bias"),
     "mind": Metric(_mind, "lower", (), "Sliced Wasserstein distance"),
-    "precision": Metric(_precision, "higher", (), "Share of samples that look like the data"),
-    "recall": Metric(_recall, "higher", (), "Share of the data that samples could be"),
-    "density": Metric(_density, "higher", (), "How deep in the data the samples lie"),
-    "coverage": Metric(_coverage, "higher", (), "Share of the data with a sample close by"),
+    "precision": Metric(_of_manifolds("precision"), "higher", (),
+                        "Share of samples that look like the data"),
+    "recall": Metric(_of_manifolds("recall"), "higher", (),
+                     "Share of the data that samples could be"),
+    "density": Metric(_of_manifolds("density"), "higher", (),
+                      "How deep in the data the samples lie"),
+    "coverage": Metric(_of_manifolds("coverage"), "higher", (),
+                       "Share of the data with a sample close by"),
     "accuracy": Metric(_accuracy, "higher", ("predicted", "asked"),
                        "Share of samples that show the class that was asked for"),
     "memorised": Metric(_memorised, "lower", ("training", "held_out"),
