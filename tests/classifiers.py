@@ -10,7 +10,7 @@ anew for each batch. Nothing is blurred, and no noise is added: the features sho
 
 After training, batch normalisation is folded into the convolutions and the weights are rounded to
 16 bits. What is left *is* the network: its accuracy on the test set is measured after that, and
-stands in the file with the seed and the classes. One thread, about 15 minutes for all six. The
+stands in the file with the seed and the classes. One thread, some 20 minutes for all six. The
 same seed gives the same weights on the same machine; on another, sums may be rounded otherwise, and
 the accuracies agree to a tenth of a percent or so. The hash of each file is printed last: where
 you mean to ship it, write it into WEIGHTS of nbs/41_features.ipynb.

@@ -301,7 +301,10 @@ def test_inception_of_random_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("FID_WEIGHTS", str(tmp_path/"weights"))
     monkeypatch.setattr(features, "INCEPTION", hash_file(tmp_path/"weights")[:8])
     eye, images = create_features("inception"), colours(2)
+    given = []
+    eye.parts["network"].extractor.register_forward_pre_hook(lambda _, x: given.append(x[0]))
     found = eye(images)
+    assert torch.equal(given[0], images)  # the bytes themselves
     assert found.shape == (2, 2048) and (found - random(images)[0]).abs().max() < 1e-5
     assert torch.equal(eye(images[:, :1]), eye(images[:, :1].expand(-1, 3, -1, -1)))
 
