@@ -62,9 +62,10 @@ docs: $(READY)  ## Build the documentation site (needs Quarto)
 browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without Chromium)
 	$(BIN)/python tests/browser.py $(ARGS)
 
-benchmarks: train  ## Measure solvers, the trainer and the quick start's images (about 20 minutes)
+benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')

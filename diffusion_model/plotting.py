@@ -29,7 +29,7 @@ def setup_plots() -> None:
         "image.interpolation": "nearest", "figure.constrained_layout.use": True})
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
-        set_matplotlib_formats("png")
+        set_matplotlib_formats("png", pil_kwargs={"optimize": True})
     except (ImportError, AttributeError): pass  # outside IPython there is nothing to set
 
 # %% ../nbs/plotting.ipynb #e8d9591c

@@ -10,21 +10,24 @@ BLOCKS = {title: re.findall(r"^```python\n(.*?)^```", part, re.M | re.S)
 BEGINNING = re.search(r"^```python\n(.*?)^```", TEXT, re.M | re.S)[1]
 TABLE = re.findall(r"^\| ([\w ]+) \|.*?\| `(\w+)\.([A-Z]+)` \| `(\w+)\.(\w+)` \|", TEXT, re.M)
 THINGS = ["network", "solver", "schedule", "data set", "objective", "space", "callback"]
+TABLE_OF_OPTIONS = re.findall(
+    r"^\| ([\w ]+) \|.*?\| `(\w+)\.([A-Z]+)` \| the option `--\w+` \|", TEXT, re.M)
+CHOSEN_BY_OPTION = ["metric", "feature network"]
 
 
 @pytest.fixture
 def registries():
     "What an example registers is gone after it."
     tables = [getattr(importlib.import_module(f"diffusion_model.{module}"), name)
-              for _, module, name, *_ in TABLE]
+              for _, module, name, *_ in [*TABLE, *TABLE_OF_OPTIONS]]
     before = [dict(table) for table in tables]
-    yield dict(zip(THINGS, tables, strict=True))
+    yield dict(zip([*THINGS, *CHOSEN_BY_OPTION], tables, strict=True))
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
 
 
-@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("thing", [*THINGS, *CHOSEN_BY_OPTION])
 def test_example(thing, registries, tmp_path, monkeypatch):
     "It runs, its assertions hold, and it is one entry of the registry that the table names."
     title = f"{'An' if thing[0] in 'aeiou' else 'A'} {thing}"
@@ -44,6 +47,7 @@ def test_table_names_fields():
     from diffusion_model.config import Config
     cfg = Config()
     assert [thing for thing, *_ in TABLE] == THINGS
+    assert [thing for thing, *_ in TABLE_OF_OPTIONS] == CHOSEN_BY_OPTION
     for _, _, _, section, field in TABLE: assert hasattr(getattr(cfg, section), field)
 
 

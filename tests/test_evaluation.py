@@ -99,7 +99,8 @@ def test_fd_of_two_gaussians_is_the_closed_form():
     a, b = points(500, 6, "a"), points(400, 6, "b", 1.4, 0.2)
     one, two = Moments().update(a), Moments().update(b)
     root = linalg.sqrtm(one.cov.numpy() @ two.cov.numpy())
-    wanted = (one.mean - two.mean).square().sum() + np.trace(one.cov.numpy() + two.cov.numpy() - 2*root.real)
+    traces = np.trace(one.cov.numpy() + two.cov.numpy() - 2*root.real)
+    wanted = (one.mean - two.mean).square().sum() + traces
     close(frechet_distance(one, two), wanted.item(), 1e-9)
     close(frechet_distance(two, one), wanted.item(), 1e-9)
 
@@ -261,7 +262,8 @@ def test_score_gives_what_was_asked_for(evidence):
     assert score(e, list(METRICS)) == wanted and list(METRICS) == list(wanted)
     assert list(score(e, ("recall", "fd"))) == ["recall", "fd"]
     better = {name: metric.better for name, metric in METRICS.items()}
-    assert {name for name in better if better[name] == "lower"} == {"fd", "kid", "mind", "memorised"}
+    lower = {name for name in better if better[name] == "lower"}
+    assert lower == {"fd", "kid", "mind", "memorised"}
     assert set(better.values()) == {"lower", "higher"}
     assert all(metric.title for metric in METRICS.values())
 

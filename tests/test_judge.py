@@ -105,7 +105,8 @@ def test_two_processes_find_what_one_finds(runs, tmp_path):
     code = "import sys; from diffusion_model.cli import evaluate_command as c; sys.exit(c())"
     script = tmp_path/"evaluate.py"
     script.write_text(code)
-    for start, out in (([], "one"), (["-m", "torch.distributed.run", "--nproc_per_node", "2"], "two")):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for start, out in (([], "one"), (launcher, "two")):
         done = subprocess.run([sys.executable, *start, script, *map(str, words), tmp_path/out],
                               env=env, text=True, capture_output=True, timeout=240)
         assert done.returncode == 0, done.stderr
