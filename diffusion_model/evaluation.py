@@ -351,7 +351,7 @@ def _manifolds(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str, floa
 def _of_manifolds(name: str) -> Callable[[Evidence], float]:
     return lambda e: _manifolds(e.samples, e.reference)[name]
 
-# %% ../nbs/41_evaluation.ipynb #eb7d0684
+# %% ../nbs/41_evaluation.ipynb #3467a069
 def _fd(e): return fd(e.samples, e.reference)
 def _kid(e): return kid(e.samples, e.reference)
 def _mind(e): return mind(e.samples, e.reference)

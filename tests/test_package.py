@@ -63,7 +63,7 @@ def test_star_import_in_a_bare_script(module, name, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["nbdev_test", "nbdev-test", "diffusion-train",
-                                     "diffusion-sample"])
+                                     "diffusion-sample", "diffusion-evaluate"])
 def test_commands_are_installed(command):
     done = subprocess.run([Path(sys.executable).parent/command, "--help"], capture_output=True,
                           text=True)
