@@ -1030,7 +1030,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'diffusion_model.report.loss_by_noise': ('report.html#loss_by_noise', 'diffusion_model/report.py'),
                                         'diffusion_model.report.record': ('report.html#record', 'diffusion_model/report.py'),
                                         'diffusion_model.report.report_page': ('report.html#report_page', 'diffusion_model/report.py'),
-                                        'diffusion_model.report.short_name': ('report.html#short_name', 'diffusion_model/report.py'),
                                         'diffusion_model.report.show': ('report.html#show', 'diffusion_model/report.py'),
                                         'diffusion_model.report.write_report': ('report.html#write_report', 'diffusion_model/report.py')},
             'diffusion_model.sampler': { 'diffusion_model.sampler.State': ('sampler.html#state', 'diffusion_model/sampler.py'),

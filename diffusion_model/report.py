@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOOD_IMAGES', 'LIKELIHOODS', 'Model', 'loss_by_noise', 'by_evaluations', 'likelihood_lines', 'Pictures',
-           'report_page', 'write_report', 'show', 'create_model', 'evaluate', 'short_name', 'record']
+           'report_page', 'write_report', 'show', 'create_model', 'evaluate', 'record']
 
-# %% ../nbs/41_report.ipynb #949b7206
+# %% ../nbs/41_report.ipynb #aa911269
 import base64
 import html
 import io
@@ -35,7 +35,7 @@ from .plotting import COLOURS, image_grid
 from .sampler import SOLVERS, device_of
 from .tracking import TRACKERS, MetricsFile, Trackers
 
-# %% ../nbs/41_report.ipynb #6c856783
+# %% ../nbs/41_report.ipynb #abc2a8fc
 class Model(NamedTuple):
     "A model to be judged, and how it is to draw."
     denoiser: DenoiserLike
@@ -46,7 +46,7 @@ class Model(NamedTuple):
     x0_cond: Cond            # their conditions
     seed: int = 0
 
-# %% ../nbs/41_report.ipynb #9c1a357b
+# %% ../nbs/41_report.ipynb #f18b5b7f
 @torch.inference_mode()
 def loss_by_noise(
     denoiser: DenoiserLike,
@@ -67,7 +67,7 @@ def loss_by_noise(
                      "x0": (pred.x0 - x0).square().mean().item()})
     return rows
 
-# %% ../nbs/41_report.ipynb #dc955527
+# %% ../nbs/41_report.ipynb #7aea40bf
 def by_evaluations(
     denoiser: DenoiserLike,
     cond: Cond,                # one for each image
@@ -85,7 +85,7 @@ def by_evaluations(
         drawn[budget] = torch.cat([d.images for d in batches])
     return drawn
 
-# %% ../nbs/41_report.ipynb #54b6efc8
+# %% ../nbs/41_report.ipynb #ff562713
 LIKELIHOOD_IMAGES = 64  #: of the test set, the first
 
 
@@ -113,7 +113,7 @@ def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
 #: name -> function(denoiser, x0, cond, space) giving bits per dimension, (B,)
 LIKELIHOODS = {"bits_per_dim": _bound, "ode_bits_per_dim": _ode}
 
-# %% ../nbs/41_report.ipynb #d0f1494a
+# %% ../nbs/41_report.ipynb #476575a7
 def likelihood_lines(
     names: Sequence[str],      # keys of LIKELIHOODS
     model: Model,
@@ -130,7 +130,7 @@ def likelihood_lines(
         lines.append(Line(name, "model", full, bits.mean().item(), None, "lower"))
     return lines
 
-# %% ../nbs/41_report.ipynb #67dc1bd0
+# %% ../nbs/41_report.ipynb #cdc9ec5f
 def _png(image: np.ndarray, scale: int) -> str:
     "An image as a data address; each pixel becomes `scale` pixels wide, and none is smoothed."
     file = io.BytesIO()
@@ -161,7 +161,7 @@ def _chart(draw: Callable, caption: str, size: tuple[float, float] = (6.4, 3.4))
     return (f"<figure>{drawing[drawing.index('<svg'):]}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/41_report.ipynb #c53f6501
+# %% ../nbs/41_report.ipynb #0d299eb9
 _STYLE = """
 :root { --ink: #1d2433; --soft: #667085; --line: #e4e7ec; --card: #fff; --good: #12805c; }
 * { box-sizing: border-box } body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -185,7 +185,7 @@ height: auto } figcaption { color: var(--soft); font-size: 14px; margin: 8px 0 0
 pre { white-space: pre-wrap; font-size: 13px; margin: 0 }
 """
 
-# %% ../nbs/41_report.ipynb #89f142c3
+# %% ../nbs/41_report.ipynb #c0309bc0
 def _rows(lines: Sequence[Line]) -> str:
     "The verdict as rows of a table."
     rows = []
@@ -201,7 +201,7 @@ def _rows(lines: Sequence[Line]) -> str:
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
     return "\n".join(rows)
 
-# %% ../nbs/41_report.ipynb #61d73a34
+# %% ../nbs/41_report.ipynb #53189821
 def _draw_ratios(lines: Sequence[Line]) -> Callable:
     "How many times the floor each distance is, through each eye."
     shown = [line for line in lines if line.ratio]
@@ -221,7 +221,7 @@ def _draw_ratios(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.18))
     return draw
 
-# %% ../nbs/41_report.ipynb #a6e5cd30
+# %% ../nbs/41_report.ipynb #fef46ff5
 def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
     "Precision against recall through each eye: samples as dots, real images as rings."
     found = {(line.eye, line.metric): line for line in lines}
@@ -242,7 +242,7 @@ def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #33f8ec62
+# %% ../nbs/41_report.ipynb #bb94c83c
 def _draw_noise(rows: Sequence[dict]) -> Callable:
     def draw(ax):
         level = [row["log_snr"] for row in rows]
@@ -261,7 +261,7 @@ class Pictures(NamedTuple):
     noise: Sequence[dict] = ()         # as `loss_by_noise` gives it
     budgets: dict[int, Tensor] = {}    # as `by_evaluations` gives it
 
-# %% ../nbs/41_report.ipynb #74aa7de5
+# %% ../nbs/41_report.ipynb #d7a68b72
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
 
@@ -292,7 +292,7 @@ def _tiles(lines: Sequence[Line]) -> str:
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
-# %% ../nbs/41_report.ipynb #22609cd5
+# %% ../nbs/41_report.ipynb #4c8cffec
 def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str:  # HTML
     "One page that holds all its pictures. `facts`: title, words, and what made the samples."
     head = "<tr><th>seen by<th>metric<th class=n>value<th class=n>floor<th class=n>times<th></tr>"
@@ -317,7 +317,7 @@ def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str: 
             f'</style><main><h1>{html.escape(facts["title"])}</h1><p class=soft>'
             f'{html.escape(facts["words"])}</p>{"".join(parts)}</main></html>\n')
 
-# %% ../nbs/41_report.ipynb #d564aacb
+# %% ../nbs/41_report.ipynb #6c14aa28
 def write_report(
     folder: Path | str,
     lines: Sequence[Line],
@@ -337,7 +337,7 @@ def write_report(
         os.replace(part, folder/name)
     return folder/"report.html"
 
-# %% ../nbs/41_report.ipynb #f7bd420b
+# %% ../nbs/41_report.ipynb #463d25f7
 def _nearest_pair(judge: Judge, samples: Images, m: int) -> Tensor | None:
     "The m samples nearest to a training image, of all; then those training images."
     if judge.training is None: return None
@@ -361,7 +361,7 @@ def show(judge: Judge, samples: Images, model: Model = None, n: int = 64, m: int
     budgets = by_evaluations(model.denoiser, few, m, model.sampling, seed=model.seed)
     return Pictures(first, near, noise, budgets)
 
-# %% ../nbs/41_report.ipynb #308eecae
+# %% ../nbs/41_report.ipynb #76265a30
 def create_model(
     denoiser: DenoiserLike,     # as `load_denoiser` gives it
     datasets: Datasets,
@@ -380,7 +380,7 @@ def create_model(
     return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
                  denoiser.space.encode(batch.images), x0_cond, seed)
 
-# %% ../nbs/41_report.ipynb #1b831a3c
+# %% ../nbs/41_report.ipynb #1fd96149
 def evaluate(
     judge: Judge,
     samples: Images,
@@ -396,12 +396,7 @@ def evaluate(
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 
-# %% ../nbs/41_report.ipynb #6f1e12a6
-def short_name(line: Line) -> str:
-    "A metric's name on a tracker's page: `fd/fmnist-a`."
-    return f"{line.metric}/{line.eye.partition('@')[0]}"
-
-
+# %% ../nbs/41_report.ipynb #b42b4e25
 def record(
     run_dir: Path | str,
     step: int,            # of the checkpoint that was judged
