@@ -19,11 +19,15 @@ def judged(n: int, cache: str) -> dict:
 
     from diffusion_model.config import load_data_config
     from diffusion_model.dataset import create_dataset, draw_shapes
-    from diffusion_model.judge import create_judge, tensor_images
+    from diffusion_model.judge import Images, create_judge
+    from diffusion_model.transforms import as_channels
     data = load_data_config("quickstart", {"image_size": 28, "channels": 1, "test_size": 10_000})
-    x, labels = draw_shapes(5, torch.arange(n), 28)
-    grey = (x.float()*x.new_tensor([299, 587, 114])[:, None, None]/1000).sum(1, keepdim=True)
-    samples = tensor_images(grey.round().to(torch.uint8), labels)
+
+    def read(first, last):  # a stream, as of a model or a folder
+        for at in torch.arange(first, last).split(250):
+            x, labels = draw_shapes(5, at, 28)
+            yield as_channels(x, 1), labels
+    samples = Images("drawn", n, (1, 28, 28), read)
     start = time.perf_counter()
     lines = create_judge(data, create_dataset(data), cache=Path(cache)).judge(samples)
     return {"seconds": time.perf_counter() - start, "lines": len(lines),
