@@ -122,7 +122,7 @@ class DrawSamples(Callback):
         trainer.trackers.images(trainer.step, "samples", image_grid(images))
         if last and film: save_film(film, folder/"film.gif", scale=3)
 
-# %% ../nbs/32_callbacks.ipynb #67c3416d
+# %% ../nbs/32_callbacks.ipynb #ec665364
 class Evaluate(Callback):
     "Judge a few samples every so many steps, by the distances that the data set's eyes see."
     order = SHOWS
@@ -136,8 +136,8 @@ class Evaluate(Callback):
         with trainer.averaged() as objective: drawn = objective.draw(self.images)
         if drawn is None: return
         if self._judge is None: self._judge = create_judge(
-            trainer.cfg.data, trainer.datasets, metrics=("fd", "kid", "mind", "precision", "recall"),
-            device=trainer.world.device, cache=cache_folder())
+            trainer.cfg.data, trainer.datasets, device=trainer.world.device, cache=cache_folder(),
+            metrics=("fd", "kid", "mind", "precision", "recall"))
         samples = tensor_images(drawn[0])
         self._judge.check(samples, labelled=False)
         lines = self._judge.judge(samples)

@@ -241,7 +241,7 @@ SHORT = {
         "timestep_std loss_weighting min_snr_gamma sigmoid_bias"
     ),
     "logging": (
-        "output_dir log_every validate_every sample_every checkpoint_every "
+        "output_dir log_every validate_every sample_every checkpoint_every evaluate_every evaluate_images "
         "keep_checkpoints keep_best trackers callbacks project progress"
     ),
     "model": (
