@@ -241,8 +241,8 @@ SHORT = {
         "timestep_std loss_weighting min_snr_gamma sigmoid_bias"
     ),
     "logging": (
-        "output_dir log_every validate_every sample_every checkpoint_every evaluate_every evaluate_images "
-        "keep_checkpoints keep_best trackers callbacks project progress"
+        "output_dir log_every validate_every sample_every checkpoint_every "
+        "evaluate_every evaluate_images keep_checkpoints keep_best trackers callbacks project progress"
     ),
     "model": (
         "name base_channels channel_multipliers num_res_blocks "
