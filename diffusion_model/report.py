@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIKELIHOOD_IMAGES', 'LIKELIHOODS', 'Model', 'loss_by_noise', 'by_evaluations', 'likelihood_lines', 'Pictures',
-           'report_page', 'write_report', 'show', 'create_model', 'evaluate', 'record']
+           'report_page', 'write_report', 'show', 'create_model', 'evaluate_samples', 'record']
 
-# %% ../nbs/41_report.ipynb #bd0c62b4
+# %% ../nbs/41_report.ipynb #46f07724
 import base64
 import html
 import io
@@ -35,7 +35,7 @@ from .plotting import COLOURS, image_grid
 from .sampler import SOLVERS, device_of
 from .tracking import TRACKERS, MetricsFile, Trackers
 
-# %% ../nbs/41_report.ipynb #c7e51c07
+# %% ../nbs/41_report.ipynb #4afb3163
 class Model(NamedTuple):
     "A model to be judged, and how it is to draw."
     denoiser: DenoiserLike
@@ -46,7 +46,7 @@ class Model(NamedTuple):
     x0_cond: Cond            # their conditions
     seed: int = 0
 
-# %% ../nbs/41_report.ipynb #8522d488
+# %% ../nbs/41_report.ipynb #2e4971af
 @torch.inference_mode()
 def loss_by_noise(
     denoiser: DenoiserLike,
@@ -67,7 +67,7 @@ def loss_by_noise(
                      "x0": (pred.x0 - x0).square().mean().item()})
     return rows
 
-# %% ../nbs/41_report.ipynb #8e788b1f
+# %% ../nbs/41_report.ipynb #a379a1d9
 def by_evaluations(
     denoiser: DenoiserLike,
     cond: Cond,                # one for each image
@@ -85,7 +85,7 @@ def by_evaluations(
         drawn[budget] = torch.cat([d.images for d in batches])
     return drawn
 
-# %% ../nbs/41_report.ipynb #ba960394
+# %% ../nbs/41_report.ipynb #757853fc
 LIKELIHOOD_IMAGES = 64  #: of the test set, the first
 
 
@@ -113,7 +113,7 @@ def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
 #: name -> function(denoiser, x0, cond, space) giving bits per dimension, (B,)
 LIKELIHOODS = {"bits_per_dim": _bound, "ode_bits_per_dim": _ode}
 
-# %% ../nbs/41_report.ipynb #35323655
+# %% ../nbs/41_report.ipynb #8460289a
 def likelihood_lines(
     names: Sequence[str],      # keys of LIKELIHOODS
     model: Model,
@@ -130,7 +130,7 @@ def likelihood_lines(
         lines.append(Line(name, "model", full, bits.mean().item(), None, "lower"))
     return lines
 
-# %% ../nbs/41_report.ipynb #1932e3e5
+# %% ../nbs/41_report.ipynb #33517b42
 def _png(image: np.ndarray, scale: int) -> str:
     "An image as a data address; each pixel becomes `scale` pixels wide, and none is smoothed."
     file = io.BytesIO()
@@ -161,7 +161,7 @@ def _chart(draw: Callable, caption: str, size: tuple[float, float] = (6.4, 3.4))
     return (f"<figure>{drawing[drawing.index('<svg'):]}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/41_report.ipynb #0ac40280
+# %% ../nbs/41_report.ipynb #bd104e25
 _STYLE = """
 :root { --ink: #1d2433; --soft: #667085; --line: #e4e7ec; --card: #fff; --good: #12805c; }
 * { box-sizing: border-box } body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -185,7 +185,7 @@ height: auto } figcaption { color: var(--soft); font-size: 14px; margin: 8px 0 0
 pre { white-space: pre-wrap; font-size: 13px; margin: 0 }
 """
 
-# %% ../nbs/41_report.ipynb #1436e4e5
+# %% ../nbs/41_report.ipynb #5a9b12fc
 def _rows(lines: Sequence[Line]) -> str:
     "The verdict as rows of a table."
     rows = []
@@ -201,7 +201,7 @@ def _rows(lines: Sequence[Line]) -> str:
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
     return "\n".join(rows)
 
-# %% ../nbs/41_report.ipynb #3de76a52
+# %% ../nbs/41_report.ipynb #416f2990
 def _draw_ratios(lines: Sequence[Line]) -> Callable:
     "How many times the floor each distance is, through each eye."
     shown = [line for line in lines if line.ratio]
@@ -221,7 +221,7 @@ def _draw_ratios(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.18))
     return draw
 
-# %% ../nbs/41_report.ipynb #6312f95f
+# %% ../nbs/41_report.ipynb #8aff8d8b
 def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
     "Precision against recall through each eye: samples as dots, real images as rings."
     found = {(line.eye, line.metric): line for line in lines}
@@ -242,7 +242,7 @@ def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #c66facb8
+# %% ../nbs/41_report.ipynb #6354b1f8
 def _draw_noise(rows: Sequence[dict]) -> Callable:
     def draw(ax):
         level = [row["log_snr"] for row in rows]
@@ -261,7 +261,7 @@ class Pictures(NamedTuple):
     noise: Sequence[dict] = ()         # as `loss_by_noise` gives it
     budgets: dict[int, Tensor] = {}    # as `by_evaluations` gives it
 
-# %% ../nbs/41_report.ipynb #df3b6cf5
+# %% ../nbs/41_report.ipynb #9c66299f
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
 
@@ -292,7 +292,7 @@ def _tiles(lines: Sequence[Line]) -> str:
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
-# %% ../nbs/41_report.ipynb #2814f30b
+# %% ../nbs/41_report.ipynb #56846ad5
 def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str:  # HTML
     "One page that holds all its pictures. `facts`: title, words, and what made the samples."
     head = "<tr><th>seen by<th>metric<th class=n>value<th class=n>floor<th class=n>times<th></tr>"
@@ -317,7 +317,7 @@ def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str: 
             f'</style><main><h1>{html.escape(facts["title"])}</h1><p class=soft>'
             f'{html.escape(facts["words"])}</p>{"".join(parts)}</main></html>\n')
 
-# %% ../nbs/41_report.ipynb #bc3a7f78
+# %% ../nbs/41_report.ipynb #62a81528
 def write_report(
     folder: Path | str,
     lines: Sequence[Line],
@@ -337,7 +337,7 @@ def write_report(
         os.replace(part, folder/name)
     return folder/"report.html"
 
-# %% ../nbs/41_report.ipynb #67440656
+# %% ../nbs/41_report.ipynb #e8022479
 def _nearest_pair(judge: Judge, samples: Images, m: int) -> Tensor | None:
     "The m samples nearest to a training image, of all; then those training images."
     if judge.training is None: return None
@@ -361,7 +361,7 @@ def show(judge: Judge, samples: Images, model: Model = None, n: int = 64, m: int
     budgets = by_evaluations(model.denoiser, few, m, model.sampling, seed=model.seed)
     return Pictures(first, near, noise, budgets)
 
-# %% ../nbs/41_report.ipynb #d6977c43
+# %% ../nbs/41_report.ipynb #c26846d0
 def create_model(
     denoiser: DenoiserLike,     # as `load_denoiser` gives it
     datasets: Datasets,
@@ -380,8 +380,8 @@ def create_model(
     return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
                  denoiser.space.encode(batch.images), x0_cond, seed)
 
-# %% ../nbs/41_report.ipynb #30d45c23
-def evaluate(
+# %% ../nbs/41_report.ipynb #4fcbaa25
+def evaluate_samples(
     judge: Judge,
     samples: Images,
     folder: Path | str,    # where the report is written
@@ -396,7 +396,7 @@ def evaluate(
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 
-# %% ../nbs/41_report.ipynb #19a21f63
+# %% ../nbs/41_report.ipynb #c8c60c45
 def record(
     run_dir: Path | str,
     step: int,            # of the checkpoint that was judged

@@ -242,7 +242,8 @@ SHORT = {
     ),
     "logging": (
         "output_dir log_every validate_every sample_every checkpoint_every "
-        "evaluate_every evaluate_images keep_checkpoints keep_best trackers callbacks project progress"
+        "evaluate_every evaluate_images keep_checkpoints keep_best trackers callbacks "
+        "project progress"
     ),
     "model": (
         "name base_channels channel_multipliers num_res_blocks "
