@@ -1013,6 +1013,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'diffusion_model.report._draw_precision_recall': ( 'report.html#_draw_precision_recall',
                                                                                            'diffusion_model/report.py'),
                                         'diffusion_model.report._draw_ratios': ('report.html#_draw_ratios', 'diffusion_model/report.py'),
+                                        'diffusion_model.report._ending_at': ('report.html#_ending_at', 'diffusion_model/report.py'),
                                         'diffusion_model.report._figure': ('report.html#_figure', 'diffusion_model/report.py'),
                                         'diffusion_model.report._levels': ('report.html#_levels', 'diffusion_model/report.py'),
                                         'diffusion_model.report._nearest_pair': ('report.html#_nearest_pair', 'diffusion_model/report.py'),

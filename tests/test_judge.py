@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_model import cli, features, judge as judging
+from diffusion_model import cli, evaluation, features, judge as judging
 from diffusion_model.config import load_data_config
 from diffusion_model.counters import counter_normal
 from diffusion_model.dataset import create_dataset, draw_shapes
-from test_cli import ROOT, SMALL
+from test_cli import DATA as DATA_ROOT, ROOT, SMALL
 
 DATA = ["--train_size", "400", "--test_size", "300", "--image_size", "16"]
 METRICS = ["--metrics", "fd,kid,mind,precision,recall,density,coverage,accuracy,memorised",
@@ -231,3 +231,18 @@ def test_what_is_cached_depends_on_the_content(court, tmp_path):
     first, again = seen(images[:50]), seen(images[:50])
     assert torch.equal(first, again) and len(list(tmp_path.iterdir())) == 1
     assert not torch.equal(seen(images[50:100]), first) and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["fmnist-a", "fmnist-b", "mnist-a", "mnist-b"])
+@pytest.mark.skipif(not (DATA_ROOT/"FashionMNIST").is_dir(), reason="needs the real data")
+def test_eyes_of_real_images_see_harm(name):
+    "Noise, blur and a missing class each score worse than other real images do."
+    config = {"dataset": "FashionMNIST" if name.startswith("f") else "MNIST", "root": DATA_ROOT}
+    data = load_data_config("fashion_mnist", config)
+    test = judging.dataset_images(create_dataset(data).test, data, "test", 2000)
+    (first, _), (one, labels) = test.read(0, 4000)
+    eye = features.create_features(name)
+    real, kept = eye(first), one[labels != 3]
+    fine = evaluation.fd(eye(one), real)
+    for harmed in (noisy(one), blurred(one), kept):
+        assert evaluation.fd(eye(harmed), real) > 1.5*fine
