@@ -552,7 +552,7 @@ def sample_command(argv: list[str] = None) -> int:
     "The command `diffusion-sample`."
     return _guarded(draw_samples, sample_parser, sys.argv[1:] if argv is None else argv)
 
-# %% ../nbs/43_cli.ipynb #66d40305
+# %% ../nbs/43_cli.ipynb #f1606ea2
 _EVALUATE_EXAMPLES = """
 Fields of the config's section sampling can be given too, for a checkpoint; and of its section
 data, such as --data.root, where the data are elsewhere now, or --image_size for a folder.
@@ -576,7 +576,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     _add_evaluate_options(parser.add_argument)
     return parser
 
-# %% ../nbs/43_cli.ipynb #73d1763c
+# %% ../nbs/43_cli.ipynb #632b0d64
 def _add_evaluate_options(add) -> None:
     add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), or a "
         "checkpoint: samples are drawn from it")
@@ -603,7 +603,7 @@ def _add_evaluate_options(add) -> None:
         "data anew, and keep none ($DIFFUSION_MODEL_CACHE says where they are kept)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
-# %% ../nbs/43_cli.ipynb #b5b04722
+# %% ../nbs/43_cli.ipynb #88fd19d9
 def _listed(text: str | None, known, option: str) -> list[str] | None:
     "The names of a list with commas, each known. Raises ConfigError."
     if text is None: return None
@@ -635,7 +635,7 @@ def _check_evaluated(args) -> None:
         raise ConfigError(["--samples: name what they should be like: --config NAME (its data), "
                            "or --reference FOLDER"])
 
-# %% ../nbs/43_cli.ipynb #ab6838ac
+# %% ../nbs/43_cli.ipynb #2bf1b96e
 def _image_files(path: str, option: str, **how):
     "The images of a folder, or of a file. Raises FileNotFoundError and ValueError."
     from diffusion_model.judge import array_images, folder_images
@@ -659,7 +659,7 @@ def _first(images, n: int | None):
         f"--num_samples: found {n}; there are {images.count} images in {images.name}"])
     return images._replace(count=n)
 
-# %% ../nbs/43_cli.ipynb #a3a42e2c
+# %% ../nbs/43_cli.ipynb #a30aca81
 def _judge_files(args, overrides: list[str], features: list | None, **how):
     "Judge and samples of a folder or file."
     from diffusion_model.dataset import create_dataset
@@ -681,7 +681,7 @@ def _judge_files(args, overrides: list[str], features: list | None, **how):
     judge = create_judge(data, datasets, _reference(args, data.channels), features, device, **how)
     return judge, _first(samples, _count(args.num_samples, None))
 
-# %% ../nbs/43_cli.ipynb #5e1625f3
+# %% ../nbs/43_cli.ipynb #2d91d8b4
 _MOVED = ("data.root", "data.download", "data.test_size")  # what judging may find elsewhere
 
 
@@ -705,7 +705,7 @@ def _judge_checkpoint(args, overrides: list[str], features: list | None, world, 
                            f"samples of {checkpoint.path}")
     return judge, samples, model, checkpoint
 
-# %% ../nbs/43_cli.ipynb #59962615
+# %% ../nbs/43_cli.ipynb #e05502bc
 def _report_folder(args, step: Path | None) -> Path:
     "Where the report is written. Raises ConfigError where it cannot be."
     if args.output_dir: folder = Path(args.output_dir).expanduser()
@@ -733,7 +733,7 @@ def _facts(args, judge, samples, model, checkpoint) -> dict:
             "features": {eye.name: eye.sha256 for eye in judge.eyes}, "sampling": drawn,
             "made": run_metadata(judge.eyes[0].device)}
 
-# %% ../nbs/43_cli.ipynb #6126146d
+# %% ../nbs/43_cli.ipynb #f391679a
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     "Judge samples, as the command line says."
     _check_evaluated(args)
@@ -764,7 +764,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     world.close()
     return 0
 
-# %% ../nbs/43_cli.ipynb #b8efa96c
+# %% ../nbs/43_cli.ipynb #cc973805
 def evaluate_command(argv: list[str] = None) -> int:
     "The command `diffusion-evaluate`."
     return _guarded(evaluate, evaluate_parser, sys.argv[1:] if argv is None else argv)

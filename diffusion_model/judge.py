@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'FOLDS', 'Images', 'folder_images', 'array_images', 'tensor_
            'model_images', 'Seen', 'look', 'create_eyes', 'cache_folder', 'cached', 'Judge', 'Floor', 'disjoint_parts',
            'Line', 'short_name', 'metric_name', 'in_short', 'table', 'create_judge']
 
-# %% ../nbs/41_judge.ipynb #2419046a
+# %% ../nbs/41_judge.ipynb #ef4beb2b
 import copy
 import hashlib
 import json
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/41_judge.ipynb #85760c37
+# %% ../nbs/41_judge.ipynb #0efca028
 from .config import DataConfig, SamplingConfig
 from .counters import permutation
 from .dataset import Datasets, ImageSet, list_images, read_image
@@ -40,7 +40,7 @@ from .processes import World
 from .space import Pixels
 from .transforms import as_channels, create_transform, to_tensor
 
-# %% ../nbs/41_judge.ipynb #e6a46a57
+# %% ../nbs/41_judge.ipynb #a949536b
 class Images(NamedTuple):
     "A set of images, read in batches from any place on."
     name: str                     # for people: "test", "samples of outputs/quickstart"
@@ -54,7 +54,7 @@ class Images(NamedTuple):
         "These images, one by one."
         return torch.cat([x for i in which for x, _ in self.read(i, i + 1)])
 
-# %% ../nbs/41_judge.ipynb #3525c530
+# %% ../nbs/41_judge.ipynb #1ba7439c
 def _headers(paths: Sequence[Path], option: str) -> tuple[int, tuple[int, int]]:
     "Channels and (height, width) of all files. Raises ValueError where they are not of one size."
     sizes, grey = {}, True
@@ -81,7 +81,7 @@ def _label_in(path: Path, classes: Sequence[str]) -> int:
         if word in words: return words.index(word)
     return -1
 
-# %% ../nbs/41_judge.ipynb #b79a237d
+# %% ../nbs/41_judge.ipynb #44a7c03d
 def _digest_files(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in paths: total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -113,7 +113,7 @@ def folder_images(
             yield torch.stack(x), labels[at] if (labels >= 0).any() else None
     return Images(str(folder), len(paths), (channels, h, w), read, _digest_files(paths))
 
-# %% ../nbs/41_judge.ipynb #0c09c881
+# %% ../nbs/41_judge.ipynb #58e49ae3
 def _array_in(file: Path, option: str) -> np.ndarray:
     "The array of a .npy or .npz file. Raises ValueError."
     try: found = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -132,7 +132,7 @@ def _array_in(file: Path, option: str) -> np.ndarray:
     if found.ndim == 3: return found[:, None]
     return found if found.shape[1] in (1, 3) else found.transpose(0, 3, 1, 2)
 
-# %% ../nbs/41_judge.ipynb #62d309f6
+# %% ../nbs/41_judge.ipynb #950f9948
 def array_images(
     file: Path | str, channels: int = None, option: str = "--samples", batch_size: int = 250,
 ) -> Images:
@@ -149,7 +149,7 @@ def array_images(
             yield as_channels(x, channels), None
     return Images(str(file), len(array), (channels, *array.shape[2:]), read, _digest_files([file]))
 
-# %% ../nbs/41_judge.ipynb #a319fb12
+# %% ../nbs/41_judge.ipynb #7fc7f8cf
 def tensor_images(
     images: Tensor,         # uint8 (N, C, H, W)
     labels: Tensor = None,  # (N,) int64
@@ -162,7 +162,7 @@ def tensor_images(
             yield images[at], None if labels is None else labels[at]
     return Images(name, len(images), tuple(images.shape[1:]), read)
 
-# %% ../nbs/41_judge.ipynb #d07fdc5e
+# %% ../nbs/41_judge.ipynb #473c6183
 def _unaugmented(images: ImageSet, data: DataConfig) -> ImageSet:
     "The same images, never flipped, and none kept in memory."
     source = copy.copy(images.source)
@@ -180,7 +180,7 @@ def _content_of(images: ImageSet, data: DataConfig) -> str:
     shown = (facts, len(indices), data.image_size, data.channels, data.crop, data.background)
     return hashlib.sha256(repr(shown).encode()).hexdigest()
 
-# %% ../nbs/41_judge.ipynb #0734bbc7
+# %% ../nbs/41_judge.ipynb #259c73c6
 def dataset_images(
     images: ImageSet,   # a part of a data set
     data: DataConfig,   # that it was made by
@@ -197,7 +197,7 @@ def dataset_images(
             yield pixels.decode(x), cond if whole else None
     return Images(name, len(plain), pixels.shape, read, _content_of(images, data))
 
-# %% ../nbs/41_judge.ipynb #f04d1069
+# %% ../nbs/41_judge.ipynb #f0a30f1d
 def asked_labels(
     training: ImageSet,  # of the classes' shares
     n: int,
@@ -209,7 +209,7 @@ def asked_labels(
     in_turn = labels[training.indices].sort().values
     return in_turn[torch.arange(n)*len(in_turn)//n][permutation(0, 0, n)]
 
-# %% ../nbs/41_judge.ipynb #0a5cb12a
+# %% ../nbs/41_judge.ipynb #5350366b
 def model_images(
     denoiser: DenoiserLike,    # as `load_denoiser` gives it
     n: int,
@@ -229,7 +229,7 @@ def model_images(
     shape = next(iter(generate(denoiser, 1, map_cond(lambda c: c[:1], cond), seed, sampling)))
     return Images(name, n, tuple(shape.images.shape[1:]), read)
 
-# %% ../nbs/41_judge.ipynb #d9b74946
+# %% ../nbs/41_judge.ipynb #763b36bc
 class Seen(NamedTuple):
     "What some eyes saw in a set of images."
     features: dict[str, Tensor]  # by the eye's label: float32 (N, d)
@@ -260,7 +260,7 @@ def look(
             f"{images.name}: {name} gives features that are not finite (NaN or infinite)")
     return Seen(features, torch.cat(labels) if labels else None)
 
-# %% ../nbs/41_judge.ipynb #8e302447
+# %% ../nbs/41_judge.ipynb #d9244abf
 def create_eyes(
     names: Sequence[str],     # keys of FEATURES
     fitted_to: Images,        # what principal components are fitted to: the training set
@@ -274,14 +274,14 @@ def create_eyes(
             yield from (x for x, _ in fitted_to.read(first, min(first + 250, end)))
     return [create_features(name, stream, device) for name in names]
 
-# %% ../nbs/41_judge.ipynb #8a5f0a3a
+# %% ../nbs/41_judge.ipynb #668a6812
 def cache_folder() -> Path:
     "Where features and floors are kept: $DIFFUSION_MODEL_CACHE, or the user's cache folder."
     own = os.environ.get("DIFFUSION_MODEL_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
     return Path(own) if own else Path(base)/"diffusion_model"
 
-# %% ../nbs/41_judge.ipynb #3a875ed0
+# %% ../nbs/41_judge.ipynb #6bda26ca
 def cached(
     folder: Path | None,   # None: nothing is kept
     key: Sequence,         # of what the tensors are a function; "" in it: nothing is kept
@@ -308,7 +308,7 @@ def _keep(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: x.contiguous() for name, x in tensors.items()}, part)
     os.replace(part, file)
 
-# %% ../nbs/41_judge.ipynb #a6cf2c4f
+# %% ../nbs/41_judge.ipynb #f55ff237
 LEAST = 100  #: fewer samples than this say nothing: a covariance of 64 features has 2,080 numbers
 
 
@@ -336,7 +336,7 @@ class Judge:
                 f"{other.name}: found images of shape {other.shape}; the reference, "
                 f"{reference.name}, has {reference.shape}: bring both to one size")
 
-# %% ../nbs/41_judge.ipynb #60ef7387
+# %% ../nbs/41_judge.ipynb #36dbe352
 @patch
 def check(self: Judge,
     samples: Images,
@@ -367,7 +367,7 @@ def _lacks(self: Judge, labelled: bool) -> dict[str, str]:
         lacks["predicted"] = "needs a classifier among the features"
     return lacks
 
-# %% ../nbs/41_judge.ipynb #8d4226ac
+# %% ../nbs/41_judge.ipynb #33825412
 @patch
 def seen(self: Judge, images: Images) -> Seen:
     "What all eyes see in a part of the data, from the cache where it is known."
@@ -385,7 +385,7 @@ def seen(self: Judge, images: Images) -> Seen:
     labels = next(iter(kept.values())).get("labels")
     return Seen({name: k["features"] for name, k in kept.items()}, labels)
 
-# %% ../nbs/41_judge.ipynb #9f990e5b
+# %% ../nbs/41_judge.ipynb #1d26b917
 @patch
 def evidence(self: Judge,
     eye: Features,
@@ -406,7 +406,7 @@ def metrics(self: Judge, evidence: Evidence) -> list[str]:
     return [name for name in self.asked_for or METRICS
             if all(getattr(evidence, need) is not None for need in METRICS[name].needs)]
 
-# %% ../nbs/41_judge.ipynb #d529c587
+# %% ../nbs/41_judge.ipynb #3e378d77
 FOLDS = 5  #: at most so many disjoint parts of the training set
 
 
@@ -430,7 +430,7 @@ def disjoint_parts(
     even = torch.arange(n*folds)*count//(n*folds)
     return by_class[even].view(n, folds).T
 
-# %% ../nbs/41_judge.ipynb #5821ba82
+# %% ../nbs/41_judge.ipynb #d16b450d
 @patch
 def floors(self: Judge,
     n: int,  # images in each part: as many as there are samples
@@ -452,7 +452,7 @@ def _floor(self: Judge, eye: Features, n: int, folds: int, balanced: bool) -> di
     return {m: Floor(v.mean().item(), v.std().item() if len(v) > 1 else float("nan"), len(v))
             for m, v in cached(self.cache, key, make, self.world).items()}
 
-# %% ../nbs/41_judge.ipynb #d8c97ef9
+# %% ../nbs/41_judge.ipynb #7d84e06f
 @patch
 def _floor_values(self: Judge, eye: Features, n: int, folds: int, balanced: bool, names: list[str],
                   ) -> dict[str, Tensor]:  # metric -> (folds,) float64
@@ -464,7 +464,7 @@ def _floor_values(self: Judge, eye: Features, n: int, folds: int, balanced: bool
         rows.append(score(evidence, [m for m in self.metrics(evidence) if m in names]))
     return {m: torch.tensor([row[m] for row in rows], dtype=torch.float64) for m in rows[0]}
 
-# %% ../nbs/41_judge.ipynb #9a69e810
+# %% ../nbs/41_judge.ipynb #aa8de12d
 class Line(NamedTuple):
     "One metric, through one eye."
     metric: str
@@ -494,7 +494,7 @@ def metric_name(metric: str, eye: str, n: int, reference: str) -> str:
         if metric in ("fd", "kid", "mind") else metric
     return f"{short}[{eye}, n={n}, {reference}]"
 
-# %% ../nbs/41_judge.ipynb #3d8b004e
+# %% ../nbs/41_judge.ipynb #4ee98576
 @patch
 def judge(self: Judge,
     samples: Images,
@@ -513,7 +513,7 @@ def judge(self: Judge,
     self.last = seen
     return lines
 
-# %% ../nbs/41_judge.ipynb #21d9d441
+# %% ../nbs/41_judge.ipynb #e9c104ba
 def in_short(
     x: float | None,  # None or NaN: a dash
     digits: int = 3,  # that count
@@ -534,7 +534,7 @@ def table(lines: Sequence[Line]) -> str:
         cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
     ).rstrip() for row in rows)
 
-# %% ../nbs/41_judge.ipynb #2b38c2ab
+# %% ../nbs/41_judge.ipynb #d0729d56
 def create_judge(
     data: DataConfig,
     datasets: Datasets,            # that it describes

@@ -6,7 +6,7 @@
 __all__ = ['LIKELIHOOD_IMAGES', 'LIKELIHOODS', 'Model', 'loss_by_noise', 'by_evaluations', 'likelihood_lines', 'Pictures',
            'report_page', 'write_report', 'show', 'create_model', 'evaluate_samples', 'record']
 
-# %% ../nbs/41_report.ipynb #3a32f70c
+# %% ../nbs/41_report.ipynb #130056de
 import base64
 import copy
 import html
@@ -36,7 +36,7 @@ from .plotting import COLOURS, image_grid
 from .sampler import SOLVERS, device_of
 from .tracking import TRACKERS, MetricsFile, Trackers
 
-# %% ../nbs/41_report.ipynb #3a606a0e
+# %% ../nbs/41_report.ipynb #9a209950
 class Model(NamedTuple):
     "A model to be judged, and how it is to draw."
     denoiser: DenoiserLike
@@ -47,7 +47,7 @@ class Model(NamedTuple):
     x0_cond: Cond            # their conditions
     seed: int = 0
 
-# %% ../nbs/41_report.ipynb #67487b6b
+# %% ../nbs/41_report.ipynb #e8b523fd
 @torch.inference_mode()
 def loss_by_noise(
     denoiser: DenoiserLike,
@@ -68,7 +68,7 @@ def loss_by_noise(
                      "x0": (pred.x0 - x0).square().mean().item()})
     return rows
 
-# %% ../nbs/41_report.ipynb #4866c527
+# %% ../nbs/41_report.ipynb #02edd15d
 def by_evaluations(
     denoiser: DenoiserLike,
     cond: Cond,                # one for each image
@@ -86,7 +86,7 @@ def by_evaluations(
         drawn[budget] = torch.cat([d.images for d in batches])
     return drawn
 
-# %% ../nbs/41_report.ipynb #a4593dfe
+# %% ../nbs/41_report.ipynb #0917fa57
 LIKELIHOOD_IMAGES = 64  #: of the test set, the first
 
 
@@ -117,7 +117,7 @@ def _bound(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
         found.append(bits_per_dim(bound.total, x0[0].numel()))
     return min(found, key=lambda bits: bits.mean().item())
 
-# %% ../nbs/41_report.ipynb #7bd12343
+# %% ../nbs/41_report.ipynb #7bdf082c
 def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
     "Along the probability-flow ODE, of dequantised images; Hutchinson's estimate with one probe."
     levels = _levels(space)
@@ -128,7 +128,7 @@ def _ode(denoiser, x0: Tensor, cond: Cond, space) -> Tensor:  # (B,)
 #: name -> function(denoiser, x0, cond, space) giving bits per dimension, (B,)
 LIKELIHOODS = {"bits_per_dim": _bound, "ode_bits_per_dim": _ode}
 
-# %% ../nbs/41_report.ipynb #85f87638
+# %% ../nbs/41_report.ipynb #28c08bf6
 def likelihood_lines(
     names: Sequence[str],      # keys of LIKELIHOODS
     model: Model,
@@ -145,7 +145,7 @@ def likelihood_lines(
         lines.append(Line(name, "model", full, bits.mean().item(), None, "lower"))
     return lines
 
-# %% ../nbs/41_report.ipynb #3bd20a52
+# %% ../nbs/41_report.ipynb #586447a9
 def _png(image: np.ndarray, scale: int) -> str:
     "An image as a data address; each pixel becomes `scale` pixels wide, and none is smoothed."
     file = io.BytesIO()
@@ -176,7 +176,7 @@ def _chart(draw: Callable, caption: str, size: tuple[float, float] = (6.4, 3.4))
     return (f"<figure>{drawing[drawing.index('<svg'):]}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/41_report.ipynb #ffd7c037
+# %% ../nbs/41_report.ipynb #f2eca98c
 _STYLE = """
 :root { --ink: #1d2433; --soft: #667085; --line: #e4e7ec; --card: #fff; --good: #12805c; }
 * { box-sizing: border-box } body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -200,7 +200,7 @@ height: auto } figcaption { color: var(--soft); font-size: 14px; margin: 8px 0 0
 pre { white-space: pre-wrap; font-size: 13px; margin: 0 }
 """
 
-# %% ../nbs/41_report.ipynb #e48ec0df
+# %% ../nbs/41_report.ipynb #9169aa64
 def _rows(lines: Sequence[Line]) -> str:
     "The verdict as rows of a table."
     rows = []
@@ -216,7 +216,7 @@ def _rows(lines: Sequence[Line]) -> str:
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
     return "\n".join(rows)
 
-# %% ../nbs/41_report.ipynb #8149cb1d
+# %% ../nbs/41_report.ipynb #fb92caf8
 def _draw_ratios(lines: Sequence[Line]) -> Callable:
     "How many times the floor each distance is, through each eye."
     shown = [line for line in lines if line.ratio]
@@ -236,7 +236,7 @@ def _draw_ratios(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.18))
     return draw
 
-# %% ../nbs/41_report.ipynb #61c0de02
+# %% ../nbs/41_report.ipynb #9b405efd
 def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
     "Precision against recall through each eye: samples as dots, real images as rings."
     found = {(line.eye, line.metric): line for line in lines}
@@ -257,7 +257,7 @@ def _draw_precision_recall(lines: Sequence[Line]) -> Callable:
         ax.legend(frameon=False)
     return draw
 
-# %% ../nbs/41_report.ipynb #301809fa
+# %% ../nbs/41_report.ipynb #eab89777
 def _draw_noise(rows: Sequence[dict]) -> Callable:
     def draw(ax):
         level = [row["log_snr"] for row in rows]
@@ -276,7 +276,7 @@ class Pictures(NamedTuple):
     noise: Sequence[dict] = ()         # as `loss_by_noise` gives it
     budgets: dict[int, Tensor] = {}    # as `by_evaluations` gives it
 
-# %% ../nbs/41_report.ipynb #1daf3e47
+# %% ../nbs/41_report.ipynb #fe083fe3
 def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
 
@@ -307,7 +307,7 @@ def _tiles(lines: Sequence[Line]) -> str:
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
-# %% ../nbs/41_report.ipynb #46c37046
+# %% ../nbs/41_report.ipynb #00336fa6
 def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str:  # HTML
     "One page that holds all its pictures. `facts`: title, words, and what made the samples."
     head = "<tr><th>seen by<th>metric<th class=n>value<th class=n>floor<th class=n>times<th></tr>"
@@ -332,7 +332,7 @@ def report_page(lines: Sequence[Line], facts: dict, pictures: Pictures) -> str: 
             f'</style><main><h1>{html.escape(facts["title"])}</h1><p class=soft>'
             f'{html.escape(facts["words"])}</p>{"".join(parts)}</main></html>\n')
 
-# %% ../nbs/41_report.ipynb #bd880671
+# %% ../nbs/41_report.ipynb #6bd9b1b7
 def write_report(
     folder: Path | str,
     lines: Sequence[Line],
@@ -352,7 +352,7 @@ def write_report(
         os.replace(part, folder/name)
     return folder/"report.html"
 
-# %% ../nbs/41_report.ipynb #f1702438
+# %% ../nbs/41_report.ipynb #d5fb9662
 def _nearest_pair(judge: Judge, samples: Images, m: int) -> Tensor | None:
     "The m samples nearest to a training image, of all; then those training images."
     if judge.training is None: return None
@@ -376,7 +376,7 @@ def show(judge: Judge, samples: Images, model: Model = None, n: int = 64, m: int
     budgets = by_evaluations(model.denoiser, few, m, model.sampling, seed=model.seed)
     return Pictures(first, near, noise, budgets)
 
-# %% ../nbs/41_report.ipynb #761e470d
+# %% ../nbs/41_report.ipynb #77bd9b39
 def create_model(
     denoiser: DenoiserLike,     # as `load_denoiser` gives it
     datasets: Datasets,
@@ -395,7 +395,7 @@ def create_model(
     return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
                  denoiser.space.encode(batch.images), x0_cond, seed)
 
-# %% ../nbs/41_report.ipynb #c547ece2
+# %% ../nbs/41_report.ipynb #3cc230df
 def evaluate_samples(
     judge: Judge,
     samples: Images,
@@ -411,7 +411,7 @@ def evaluate_samples(
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 
-# %% ../nbs/41_report.ipynb #a224b6fc
+# %% ../nbs/41_report.ipynb #81ccb269
 def record(
     run_dir: Path | str,
     step: int,            # of the checkpoint that was judged
