@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
 from nbclient import NotebookClient
 
 from pages import NAMES, NOTEBOOKS, ROOT
@@ -43,7 +44,8 @@ def wheel(tmp_path_factory):
     for arguments in (["wheel", "--no-deps", "--wheel-dir", top, ROOT],
                       ["install", "--no-deps", "--target", top/"installed", "--no-index",
                        "--find-links", top, "diffusion_model"]):
-        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+        with FileLock(tmp_path_factory.getbasetemp().parent/"wheel.lock"):  # ROOT/build is one
+            done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return top/"installed"
 
