@@ -47,6 +47,7 @@ mutants: $(READY)  ## Plant small mistakes, one at a time: do the notebooks and 
 
 export: $(READY)  ## Write the package, README.md and llms.txt from the notebooks
 	$(BIN)/nbdev-export
+	$(BIN)/python tests/shrink.py
 	$(BIN)/nbdev-clean
 	$(BIN)/python tests/pages.py
 
