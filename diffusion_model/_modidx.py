@@ -780,6 +780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'diffusion_model.judge.Judge.seen': ('judge.html#judge.seen', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge.Line': ('judge.html#line', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge.Line.ratio': ('judge.html#line.ratio', 'diffusion_model/judge.py'),
+                                       'diffusion_model.judge.Line.times': ('judge.html#line.times', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge.Seen': ('judge.html#seen', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._array_in': ('judge.html#_array_in', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._content_of': ('judge.html#_content_of', 'diffusion_model/judge.py'),

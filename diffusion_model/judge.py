@@ -391,13 +391,11 @@ def evidence(self: Judge,
     eye: Features,
     x: Tensor,              # (N, d) features of what is judged
     asked: Tensor | None,   # (N,) the class that each should be of
-    among: Tensor = None,   # of the training set; default: all of it
 ) -> Evidence:
     "All that a metric may look at, through one eye."
     of = lambda part: None if part is None else self.seen(part).features[eye.label]
-    training = of(self.training) if among is None else among
     predicted = eye.classify(x) if eye.classes and asked is not None else None
-    return Evidence(x, of(self.reference), training, of(self.held_out), predicted, asked)
+    return Evidence(x, of(self.reference), of(self.training), of(self.held_out), predicted, asked)
 
 
 @patch
@@ -481,7 +479,13 @@ class Line(NamedTuple):
         if self.floor.mean <= 0 or self.floor.mean <= 2*self.floor.sd: return None  # as good as 0
         return self.value/self.floor.mean
 
+    @property
+    def times(self) -> str:
+        "The ratio in words; what lies below the floor is at it."
+        if self.ratio is None: return ""
+        return "at the floor" if self.ratio <= 1 else f"{self.ratio:.2f} ×"
 
+# %% ../nbs/41_judge.ipynb #cad2bc8a
 def short_name(line: Line) -> str:
     "A metric's name on a tracker's page: `fd/fmnist-a`."
     return f"{line.metric}/{line.eye.partition('@')[0]}"
@@ -527,8 +531,7 @@ def table(lines: Sequence[Line]) -> str:
     rows = [("seen by", "metric", "value", "floor", "times")]
     for line in lines:
         floor = line.floor and f"{in_short(line.floor.mean)} ± {in_short(line.floor.sd, 2)}"
-        times = line.ratio and ("at the floor" if line.ratio <= 1 else f"{line.ratio:.2f} x")
-        rows.append((line.eye, line.metric, in_short(line.value, 4), floor or "", times or ""))
+        rows.append((line.eye, line.metric, in_short(line.value, 4), floor or "", line.times))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(
         cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))

@@ -207,10 +207,8 @@ def _rows(lines: Sequence[Line]) -> str:
     for line in lines:
         floor = "–" if line.floor is None else \
             f"{in_short(line.floor.mean)} ± {in_short(line.floor.sd, 2)}"
-        times = "" if line.ratio is None else \
-            "at the floor" if line.ratio <= 1 else f"{line.ratio:.2f} ×"
         cells = (html.escape(line.eye), html.escape(line.metric), in_short(line.value, 4), floor,
-                 times, f"{line.better} is better")
+                 line.times, f"{line.better} is better")
         kinds = ("", "", " class=n", " class=n", " class=n", " class=soft")
         rows.append(f'<tr title="{html.escape(line.name)}">' + "".join(
             f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells)) + "</tr>")
@@ -300,8 +298,7 @@ def _tiles(lines: Sequence[Line]) -> str:
     tiles, chosen = [], eyes[min(1, len(eyes) - 1)]
     seen_by = html.escape(chosen.partition("@")[0])
     for line in [line for line in lines if line.eye == chosen]:
-        beside = "" if line.ratio is None else "at the floor" if line.ratio <= 1 else \
-            f"{line.ratio:.1f} × the floor"
+        beside = line.times.replace("×", "× the floor")
         if line.metric in ("fd", "mind", "precision", "recall", "accuracy", "memorised"):
             tiles.append(f'<div class="tile"><span class="soft">{line.metric}, {seen_by}</span>'
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
@@ -342,8 +339,10 @@ def write_report(
     "Write the page, and the same for programs."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results = [line._asdict() | {"floor": line.floor and line.floor._asdict(),
-                                 "ratio": line.ratio} for line in lines]
+    floors = [line.floor and {k: None if v != v else v for k, v in line.floor._asdict().items()}
+              for line in lines]  # JSON knows no NaN
+    results = [line._asdict() | {"floor": floor, "ratio": line.ratio}
+               for line, floor in zip(lines, floors)]
     found = facts | {"results": results, "loss_by_noise": list(pictures.noise)}
     for name, text in (("report.json", json.dumps(found, indent=1) + "\n"),
                        ("report.html", report_page(lines, facts, pictures))):
@@ -407,7 +406,7 @@ def evaluate_samples(
     "Judge, and write the report; of several processes the main one writes."
     lines = judge.judge(samples)
     if judge.world and not judge.world.main: return lines
-    if likelihoods: lines += likelihood_lines(likelihoods, model, judge.reference.name)
+    if likelihoods: lines += likelihood_lines(likelihoods, model, "test")
     write_report(folder, lines, facts, show(judge, samples, model))
     return lines
 

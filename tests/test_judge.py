@@ -246,3 +246,21 @@ def test_eyes_of_real_images_see_harm(name):
     fine = evaluation.fd(eye(one), real)
     for harmed in (noisy(one), blurred(one), kept):
         assert evaluation.fd(eye(harmed), real) > 1.5*fine
+
+
+def test_a_single_part_has_no_spread(evaluate, tmp_path):
+    "Of 400 training images one part of 300: report.json stays JSON, which knows no NaN."
+    def refuse(word): raise AssertionError(f"report.json holds {word}")
+    place = pictures(tmp_path/"many", draw_shapes(1, torch.arange(300), 16)[0])
+    done = evaluate("--samples", place, *SHAPES, "--metrics", "fd", "--features", "pixels")
+    assert done.code == 0
+    text = (tmp_path/"many_evaluation"/"report.json").read_text()
+    row, = json.loads(text, parse_constant=refuse)["results"]
+    assert row["floor"]["sd"] is None and row["floor"]["folds"] == 1
+
+
+def test_copies_alone_can_be_asked_for(evaluate, tmp_path):
+    place = pictures(tmp_path/"copies", draw_shapes(0, torch.arange(100), 16)[0])
+    assert evaluate("--samples", place, *SHAPES, "--metrics", "memorised",
+                    "--features", "pixels").code == 0
+    assert list(values(tmp_path/"copies_evaluation").values()) == [1]
