@@ -99,7 +99,7 @@ def forward_flops(network, *inputs) -> int:
     from torch.utils.flop_counter import FlopCounterMode
     training = network.training
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.eval()(*inputs)
+        network.eval().forward(*inputs)  # not what it may have been compiled to
     network.train(training)
     return counter.get_total_flops()
 
