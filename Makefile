@@ -66,7 +66,9 @@ browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without
 # A word about the two: `bench` asks how fast we are, beside other libraries, each variant in turn;
 # `benchmarks` asks what solvers, saving, judging and the quick start cost and are worth.
 bench: $(READY)  ## Measure speed beside other libraries: training, sampling, data (within 15 minutes)
-	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	@$(BIN)/python -c 'from importlib.util import find_spec; \
+	  assert all(map(find_spec, ("diffusers", "denoising_diffusion_pytorch", "smalldiffusion")))' \
+	  2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/train.py --peers $(ARGS)
 	$(BIN)/python benchmarks/sample.py --peers $(ARGS)
 	$(BIN)/python benchmarks/data.py --peers

@@ -68,6 +68,8 @@ def diffusers(device: str, size: str, batch: int, precision: str = "fp32", last:
     "A drawing by UNet2DModel and DDIMScheduler, as DDIMPipeline does it."
     import torch
     from diffusers import DDIMScheduler
+    from diffusers.utils import logging
+    logging.set_verbosity_error()  # it warns of layers to be kept in float32, of which it has none
     network, (channels, side), _ = train.their_unet(size)
     turns.imported()
     kind = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -4,7 +4,8 @@
 settings and its peak of memory are its own. All are pinned to the same cores; one works at a time,
 the others wait for a word and use no processor. A round gives each of them a turn, and each round
 begins with another one. So what the machine does on the side falls on all alike. A time is the
-median over rounds; a ratio is the median of the ratios within a round.
+median over rounds; a ratio is the median of the ratios within a round. All processes of a size are
+there at once: 16 GB of memory is enough for DDPM's network and all its peers.
 
 **Memory.** The most that was resident (VmHWM of /proc, set back once all is built; elsewhere
 ru_maxrss since the start), libraries included; `own` is what of it came after they were imported.
