@@ -71,7 +71,7 @@ bench: $(READY)  ## Measure speed beside other libraries: training, sampling, da
 	  2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/train.py --peers $(ARGS)
 	$(BIN)/python benchmarks/sample.py --peers $(ARGS)
-	$(BIN)/python benchmarks/data.py --peers
+	$(BIN)/python benchmarks/data.py
 
 benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
 	$(BIN)/python benchmarks/solvers.py
