@@ -30,17 +30,18 @@ def steps_of(batch: int) -> int: return STEPS.get(batch, 4)
 
 # -- in a variant's own process; each imports what it needs, and nothing of the others
 def saved(device: str, size: str, folder: str) -> Work:
-    "Write the checkpoint that ours is opened from; its weights are random, none of them zero."
+    "Write the checkpoints that ours are opened from; their weights are random, none of them zero."
     import torch
-    from diffusion_model.training import Trainer
-    cfg = train.config_of(size, 16, {"device": "cpu", "output_dir": folder})
-    trainer = Trainer(cfg, train.data_of(cfg, 16), callbacks=[])
-    with torch.no_grad():
-        for p in trainer.objective.averaged.parameters(): p.add_(0.02*torch.randn_like(p))
-    trainer.ema.load_state_dict(trainer.objective.averaged.state_dict())
-    trainer.save()
     from diffusion_model.checkpoint import wait_for_checkpoints
-    wait_for_checkpoints()
+    from diffusion_model.training import Trainer
+    for name, more in (("automatic", {}), ("fp32", {"training.precision": "fp32"})):
+        cfg = train.config_of(size, 16, {"device": "cpu", "output_dir": f"{folder}/{name}"} | more)
+        trainer = Trainer(cfg, train.data_of(cfg, 16), callbacks=[])
+        with torch.no_grad():
+            for p in trainer.objective.averaged.parameters(): p.add_(0.02*torch.randn_like(p))
+        trainer.ema.load_state_dict(trainer.objective.averaged.state_dict())
+        trainer.save()
+        wait_for_checkpoints()
     return Work(None)
 
 
@@ -49,9 +50,10 @@ def ours(device: str, size: str, folder: str, batch: int, precision: str | None 
     import torch
     from diffusion_model.generation import generate, load_denoiser
     turns.imported()
-    denoiser = load_denoiser(folder, device=device)
-    sampling = denoiser.config.sampling.model_copy(
-        update={"steps": steps_of(batch), "sample_batch_size": batch})
+    denoiser = load_denoiser(f"{folder}/{precision or 'automatic'}", device=device)
+    more = {"steps": steps_of(batch), "sample_batch_size": batch}
+    if precision and hasattr(denoiser.config.sampling, "precision"): more["precision"] = precision
+    sampling = denoiser.config.sampling.model_copy(update=more)
     network, shape = denoiser.network, denoiser.space.shape
 
     def turn():
@@ -60,7 +62,8 @@ def ours(device: str, size: str, folder: str, batch: int, precision: str | None 
     def count():
         return turns.forward_flops(network, torch.zeros(1, *shape, device=device),
                                    torch.zeros(1, device=device))
-    return Work(turn, count, batch, turns.parameters(network), precision or "fp32")
+    return Work(turn, count, batch, turns.parameters(network),
+                turns.precision_of(network, turn))
 
 
 def diffusers(device: str, size: str, batch: int, precision: str = "fp32", last: bool = False,

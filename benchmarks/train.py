@@ -91,19 +91,18 @@ def ours(device: str, size: str, batch: int, precision: str | None = None,
     import torch
     from diffusion_model.training import Trainer
     turns.imported()
-    cfg = config_of(size, batch, {"device": device} | ({"precision": precision} if precision
-                                                       else {}))
+    more = {"training.precision": precision} if precision else {}
+    cfg = config_of(size, batch, {"device": device} | more)
     trainer = Trainer(cfg, data_of(cfg, batch), callbacks=[])
     trainer.objective.train()
-    network, precision = trainer.objective.networks["model"], trainer.cfg.training.precision
-    layout = torch.channels_last if trainer.cfg.training.channels_last else torch.contiguous_format
-    x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device, layout)
+    network, given = trainer.objective.networks["model"], trainer.loader.at(0)
+    precision = turns.precision_of(network, lambda: trainer.train_step(given))
+    x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device,
+                           turns.layout_of(network))
     labels = () if not cfg.model.num_classes else \
         (torch.arange(batch, device=device) % cfg.model.num_classes,)
     one = (x[:1], t[:1], *(y[:1] for y in labels))
-    if whole:
-        given = trainer.loader.at(0)
-        return measured(network, lambda: trainer.train_step(given), x, one, precision)
+    if whole: return measured(network, lambda: trainer.train_step(given), x, one, precision)
     trainer.emas.clear()  # a bare step keeps no average
     trainer.ema = None
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
