@@ -221,7 +221,7 @@ SHORT = {
     "training": (
         "objective max_steps epochs batch_size accumulation ema_decay "
         "ema_sigma_rel ema_more label_dropout seed device precision channels_last "
-        "compile patience learning_rate optimizer beta1 beta2 weight_decay "
+        "compile keep_memory patience learning_rate optimizer beta1 beta2 weight_decay "
         "lr_schedule warmup_steps lr_step_size lr_gamma min_lr_ratio "
         "max_grad_norm"
     ),
@@ -233,7 +233,7 @@ SHORT = {
     "sampling": (
         "solver steps spacing eta churn churn_min churn_max churn_noise "
         "guidance_scale guidance_rescale guidance_interval clip_x0 "
-        "dynamic_threshold num_samples sample_batch_size"
+        "dynamic_threshold sample_precision num_samples sample_batch_size"
     ),
     "diffusion": (
         "schedule timesteps beta_start beta_end betas zero_terminal_snr sigma_min "
@@ -322,7 +322,8 @@ def test_literals_are_what_their_readers_know():
     assert found == {"model.name": ("unet",), "data.channels": (1, 3),
                      "data.crop": ("center", "random", "none"),
                      "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
-                     "training.precision": ("fp32", "bf16", "fp16")}
+                     "training.precision": ("auto", "fp32", "bf16", "fp16"),
+                     "sampling.sample_precision": ("auto", "fp32", "bf16", "fp16")}
     assert set(found["model.name"]) == {n for n, network in NETWORKS.items()
                                         if network.config is SECTIONS["model"]}
 
