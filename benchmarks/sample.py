@@ -34,7 +34,7 @@ def saved(device: str, size: str, folder: str) -> Work:
     import torch
     from diffusion_model.checkpoint import wait_for_checkpoints
     from diffusion_model.training import Trainer
-    for name, more in (("automatic", {}), ("fp32", {"training.precision": "fp32"})):
+    for name, more in (("automatic", {}), ("fp32", {"sample_precision": "fp32"})):
         cfg = train.config_of(size, 16, {"device": "cpu", "output_dir": f"{folder}/{name}"} | more)
         trainer = Trainer(cfg, train.data_of(cfg, 16), callbacks=[])
         with torch.no_grad():
@@ -49,11 +49,12 @@ def ours(device: str, size: str, folder: str, batch: int, precision: str | None 
     "A drawing by `generate`."
     import torch
     from diffusion_model.generation import generate, load_denoiser
+    from diffusion_model.speed import choose_precision
     turns.imported()
     denoiser = load_denoiser(f"{folder}/{precision or 'automatic'}", device=device)
-    more = {"steps": steps_of(batch), "sample_batch_size": batch}
-    if precision and hasattr(denoiser.config.sampling, "precision"): more["precision"] = precision
-    sampling = denoiser.config.sampling.model_copy(update=more)
+    sampling = denoiser.config.sampling.model_copy(
+        update={"steps": steps_of(batch), "sample_batch_size": batch})
+    precision = choose_precision(sampling.sample_precision, torch.device(device))
     network, shape = denoiser.network, denoiser.space.shape
 
     def turn():
@@ -62,8 +63,7 @@ def ours(device: str, size: str, folder: str, batch: int, precision: str | None 
     def count():
         return turns.forward_flops(network, torch.zeros(1, *shape, device=device),
                                    torch.zeros(1, device=device))
-    return Work(turn, count, batch, turns.parameters(network),
-                turns.precision_of(network, turn))
+    return Work(turn, count, batch, turns.parameters(network), precision)
 
 
 def diffusers(device: str, size: str, batch: int, precision: str = "fp32", last: bool = False,

@@ -21,6 +21,7 @@ How turns, memory and the machine's limit are measured: see `turns.py`. Five min
 cores.
 """
 import statistics
+from contextlib import nullcontext
 
 import turns
 from turns import SIZES, Player, Variant, Work, cell
@@ -39,15 +40,13 @@ def batch_of(channels: int, side: int, batch: int, device: str, layout) -> tuple
     return x.to(device, memory_format=layout), t.to(device), noise.to(device)
 
 
-def step_of(network, optimizer, x, noise, low, answer):
-    "A bare step: forward, squared error, backward, step."
-    import torch
+def step_of(network, optimizer, x, noise, precise, answer):
+    "A bare step: forward (in the context that `precise` makes), squared error, backward, step."
     import torch.nn.functional as F
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, low, low is not None):
-            loss = F.mse_loss(answer(network), noise)
+        with precise(): loss = F.mse_loss(answer(network), noise)
         loss.backward()
         optimizer.step()
     return step
@@ -89,25 +88,29 @@ def ours(device: str, size: str, batch: int, precision: str | None = None,
          whole: bool = False) -> Work:
     "Our network, or the whole step of the trainer, as the config's defaults have it."
     import torch
+    from diffusion_model.speed import autocast, keep_memory
     from diffusion_model.training import Trainer
     turns.imported()
     more = {"training.precision": precision} if precision else {}
     cfg = config_of(size, batch, {"device": device} | more)
     trainer = Trainer(cfg, data_of(cfg, batch), callbacks=[])
     trainer.objective.train()
-    network, given = trainer.objective.networks["model"], trainer.loader.at(0)
-    precision = turns.precision_of(network, lambda: trainer.train_step(given))
-    x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device,
-                           turns.layout_of(network))
+    if trainer.levers.keep_memory: keep_memory()  # this and the check, as `Trainer.fit` begins
+    trainer._check_precision()
+    levers, network = trainer.levers, trainer.objective.networks["model"]
+    layout = torch.channels_last if levers.channels_last else torch.contiguous_format
+    x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device, layout)
     labels = () if not cfg.model.num_classes else \
         (torch.arange(batch, device=device) % cfg.model.num_classes,)
     one = (x[:1], t[:1], *(y[:1] for y in labels))
-    if whole: return measured(network, lambda: trainer.train_step(given), x, one, precision)
+    if whole:
+        given = trainer.loader.at(0)
+        return measured(network, lambda: trainer.train_step(given), x, one, levers.precision)
     trainer.emas.clear()  # a bare step keeps no average
     trainer.ema = None
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    step = step_of(network, trainer.optimizer, x, noise, low, lambda n: n(x, t, *labels))
-    return measured(network, step, x, one, precision)
+    step = step_of(network, trainer.optimizer, x, noise,
+                   lambda: autocast(levers.precision, trainer.device), lambda n: n(x, t, *labels))
+    return measured(network, step, x, one, levers.precision)
 
 
 def their_unet(size: str):
@@ -141,9 +144,10 @@ def diffusers(device: str, size: str, batch: int, precision: str = "fp32", last:
     work = measured(network, None, x, (x[:1], t[:1], labels[:1] if classes else None), precision)
     if compile: network.compile()
     optimizer = torch.optim.AdamW(network.parameters(), fused=fused or None)
-    low = torch.bfloat16 if precision == "bf16" else None
-    return work._replace(turn=step_of(network, optimizer, x, noise, low,
-                                      lambda n: n(x, t, labels).sample))
+    low = precision == "bf16"
+    return work._replace(turn=step_of(
+        network, optimizer, x, noise, lambda: torch.autocast(device, torch.bfloat16, low),
+        lambda n: n(x, t, labels).sample))
 
 
 def denoising_diffusion_pytorch(device: str, size: str, batch: int) -> Work:
@@ -157,7 +161,7 @@ def denoising_diffusion_pytorch(device: str, size: str, batch: int) -> Work:
     x, t, noise = batch_of(channels, 16 if size == "smoke" else 32, batch, device,
                            torch.contiguous_format)
     optimizer = torch.optim.AdamW(network.parameters())
-    step = step_of(network, optimizer, x, noise, None, lambda n: n(x, t))
+    step = step_of(network, optimizer, x, noise, nullcontext, lambda n: n(x, t))
     return measured(network, step, x, (x[:1], t[:1]), "fp32")
 
 
@@ -173,7 +177,7 @@ def smalldiffusion(device: str, size: str, batch: int) -> Work:
                    attn_resolutions=attends, dropout=0.).to(device)
     x, t, noise = batch_of(channels, side, batch, device, torch.contiguous_format)
     optimizer, sigma = torch.optim.AdamW(network.parameters()), (t + 1)/100
-    step = step_of(network, optimizer, x, noise, None, lambda n: n(x, sigma))
+    step = step_of(network, optimizer, x, noise, nullcontext, lambda n: n(x, sigma))
     return measured(network, step, x, (x[:1], sigma[:1]), "fp32")
 
 

@@ -108,29 +108,6 @@ def forward_flops(network, *inputs) -> int:
 def parameters(network) -> int: return sum(p.numel() for p in network.parameters())
 
 
-def precision_of(network, work: Callable) -> str:
-    "In which precision a network computes while `work` is done: what defaults chose, seen."
-    import torch
-    seen = []
-
-    def look(module, inputs):
-        device = inputs[0].device.type
-        low = torch.is_autocast_enabled(device)
-        seen.append(torch.get_autocast_dtype(device) if low else next(module.parameters()).dtype)
-    handle = network.register_forward_pre_hook(look)
-    work()
-    handle.remove()
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(seen[-1], "fp32")
-
-
-def layout_of(network):
-    "The memory format of a network's weights."
-    import torch
-    kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:3]) > 1]
-    last = kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def serve(pipe, variant: Variant, threads: int, device: str) -> None:
     "The life of a variant's process: build, then do as many calls as it is told, and tell."
     try:
