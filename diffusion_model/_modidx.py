@@ -203,6 +203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'diffusion_model/checkpoint.py'),
                                             'diffusion_model.checkpoint._unseal': ( 'checkpoint.html#_unseal',
                                                                                     'diffusion_model/checkpoint.py'),
+                                            'diffusion_model.checkpoint._words': ( 'checkpoint.html#_words',
+                                                                                   'diffusion_model/checkpoint.py'),
                                             'diffusion_model.checkpoint._write_all': ( 'checkpoint.html#_write_all',
                                                                                        'diffusion_model/checkpoint.py'),
                                             'diffusion_model.checkpoint._write_safely': ( 'checkpoint.html#_write_safely',
