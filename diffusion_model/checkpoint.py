@@ -427,7 +427,7 @@ def _to_resume(optimizer, extra: dict | None) -> dict | None:
 def _words(items: Collection | None) -> list[str] | None:
     return None if items is None else [str(item) for item in items]
 
-
+# %% ../nbs/27_checkpoint.ipynb #a3499a82
 def save_checkpoint(
     run_dir: str | Path,     # of the run; the result is run_dir/checkpoints/step_00001000
     step: int,               # optimizer steps made

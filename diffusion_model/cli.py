@@ -14,6 +14,7 @@ import csv
 import difflib
 import errno
 import itertools
+import json
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from .condition_config import LabelCondition
 from .config import (
     REGISTRIES, Config, ConfigError, SamplingConfig, change_config, config_help, list_configs,
     load_config, load_data_config, load_saved_config, parse_overrides)
@@ -362,7 +364,7 @@ def _timed_steps(trainer, most: int = 8, seconds: float = 5.) -> tuple[list[floa
             warm = True
     return times, loss
 
-
+# %% ../nbs/43_cli.ipynb #3de80032
 def _memory(device) -> str:
     "The most memory that was used so far, in words."
     import torch
@@ -441,6 +443,7 @@ def _add_sample_options(add) -> None:
     add("--steps", metavar="N", help="steps for an image (heun, edm: two calls in each)")
     add("--solver", metavar="NAME", help=", ".join(REGISTRIES["sampling.solver"].names()))
     add("--labels", metavar="A,B", help=_LABELS)
+    _add_conditions(add)
     add("--guidance_scale", "--guidance-scale", metavar="G",
         help="1: off; more: clearer and less varied")
     add("--seed", metavar="N", type=int, default=0,
@@ -451,6 +454,19 @@ def _add_sample_options(add) -> None:
     add("--overwrite", action="store_true", help="delete the samples that are there")
     add("--film", action="store_true", help="also write the way from noise, as film.gif")
     add("--debug", action="store_true", help="show the traceback of an error")
+
+# %% ../nbs/43_cli.ipynb #15e3f650
+def _add_conditions(add) -> None:
+    "What may be asked for besides classes."
+    add("--prompt", metavar="TEXT", action="append", help="what the images should show, for a "
+        "model that has learned from captions; given several times: in turn; '': without a caption")
+    add("--prompts", metavar="FILE", help="or a text file with a prompt in each line; an image of "
+        "each, unless --num_samples says otherwise")
+    add("--images", metavar="PATH", help="an image or a folder of them, for a model that goes by "
+        "images, in turn; what it is given is made of them as in training. Default: held-out data")
+    add("--cond", metavar="NAME=VALUE", action="append", help="a condition by its name, repeated "
+        "as needed: labels (--cond style=3,1), numbers (--cond pose=0.5,-1), text, a path of "
+        "images, or a .npy file with a row for each image. What is not given is left open")
 
 # %% ../nbs/43_cli.ipynb #02abddc3
 _OWN = ("num_samples", "steps", "solver", "guidance_scale")  # options that are fields as well
@@ -463,7 +479,7 @@ def _sampling_words(args, overrides: list[str], also: tuple[str, ...] = ()) -> l
     values, lines = parse_overrides(overrides)
     free = ", ".join(f"--{field}" for field in SamplingConfig.model_fields)
     lines += [f"{section}.{field}: was settled when the model was trained; what can be chosen now "
-              f"are --device, --labels, --seed and {free}"
+              f"are --device, --labels, --prompt, --images, --cond, --seed and {free}"
               for section, fields in values.items() for field in fields
               if section != "sampling" and f"{section}.{field}" not in also]
     if lines: raise ConfigError(lines)
@@ -486,19 +502,20 @@ def _label(
     word: str,           # a name or number, or "none"
     classes: list[str],  # names; may be empty
     num_classes: int,    # that the network knows
+    option: str = "--labels",  # for the message
 ) -> int:                # -1 for none
     "The number of one label. Raises ValueError with the known names."
     if word in classes: return classes.index(word)
     alike = [i for i, name in enumerate(classes) if name.lower() == word.lower()]
     if len(alike) == 1: return alike[0]
-    if alike: raise ValueError(f"--labels: found '{word}', which may be " + " or ".join(
+    if alike: raise ValueError(f"{option}: found '{word}', which may be " + " or ".join(
         f"'{classes[i]}' (number {i})" for i in alike))
     if word.lower() == "none": return -1
     if word.isdecimal() and int(word) < num_classes: return int(word)
     near = difflib.get_close_matches(word.lower(), [c.lower() for c in classes], n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     named = [f'"{c}"' if "," in c else c for c in classes]
-    raise ValueError(f"--labels: found '{word}'; {guess}known are "
+    raise ValueError(f"{option}: found '{word}'; {guess}known are "
                      + ", ".join([*named, f"0 to {num_classes - 1}", "and none"]))
 
 # %% ../nbs/43_cli.ipynb #5730e7da
@@ -507,22 +524,192 @@ def parse_labels(
     classes: list | None,  # names
     num_classes: int,      # that the network knows; 0: unconditional
     n: int,                # samples
+    option: str = "--labels",  # for the message
 ) -> list[int] | None:     # n labels, -1 for none; None for an unconditional network
     "Labels for n samples. Raises ValueError with the known names."
     if not num_classes:
         if text in (None, "none"): return None
-        raise ValueError(f"--labels: found '{text}', and this model is unconditional: leave it out")
+        raise ValueError(f"{option}: found '{text}', and this model is unconditional: leave it out")
     labels = list(range(num_classes))
     if text in (classes or []): labels = [classes.index(text)]
-    elif text: labels = [_label(word.strip(), classes or [], num_classes)
+    elif text: labels = [_label(word.strip(), classes or [], num_classes, option)
                          for word in next(csv.reader([text], skipinitialspace=True))]
     return [labels[i % len(labels)] for i in range(n)]
+
+# %% ../nbs/43_cli.ipynb #94e30c81
+def _prompts(args, overrides: list[str]) -> list[str] | None:
+    "The prompts that are given; of a file an image each. Raises ConfigError, FileNotFoundError."
+    if args.prompts is None: return args.prompt
+    if args.prompt: raise ConfigError(["--prompts: given beside --prompt: leave one of them out"])
+    path = Path(args.prompts).expanduser()
+    if not path.is_file(): raise FileNotFoundError(f"--prompts: no such file: '{path}'")
+    try: lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError: raise ConfigError([
+        f"--prompts: '{path}' is no text in UTF-8: save it as such"]) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found: raise ConfigError([f"--prompts: '{path}' is empty: write a prompt in each line"])
+    counted = "num_samples" in parse_overrides(overrides)[0].get("sampling", {})
+    if args.num_samples is None and not counted: args.num_samples = str(len(found))
+    return found
+
+
+def _the(kind: str, usual: str, kinds: dict, option: str, lacks: str) -> str:
+    "The name of the condition that an option means. Raises ConfigError where there is none."
+    names = [name for name, c in kinds.items() if c.kind == kind]
+    if not names: raise ConfigError([
+        f"{option}: this model {lacks}: leave it out; what it takes: "
+        f"{', '.join(kinds) or 'nothing, it is unconditional'}"])
+    return usual if usual in names else names[0]
+
+# %% ../nbs/43_cli.ipynb #63b3d5d1
+def _asked(
+    args,                       # of the command line
+    prompts: list[str] | None,  # as `_prompts` gives them
+    kinds: dict,                # name -> the condition's config
+) -> dict[str, tuple]:          # name -> (option, what it was given)
+    "What is asked for, by the name of each condition. Raises ConfigError."
+    found, option = [], "--prompts" if args.prompts else "--prompt"
+    if args.labels is not None and (kinds or args.labels != "none"):
+        found.append(("--labels", _the("labels", "label", kinds, "--labels", "knows no labels"),
+                      args.labels))
+    if prompts: found.append((option, _the("text", "caption", kinds, option,
+                                           "was trained without captions"), prompts))
+    if args.images: found.append(("--images", _the("image", "image", kinds, "--images",
+                                                   "goes by no image"), args.images))
+    for words in args.cond or []:
+        name, equals, value = words.partition("=")
+        if not equals or not name: raise ConfigError([
+            f"--cond: found '{words}'; write NAME=VALUE, as in --cond style=3"])
+        if name not in kinds: raise ConfigError([
+            f"--cond: found '{name}'; what this model takes: "
+            f"{', '.join(kinds) or 'nothing, it is unconditional'}"])
+        found.append((f"--cond {name}", name, value))
+    names = [name for _, name, _ in found]
+    for option, name, _ in found:
+        if names.count(name) > 1: raise ConfigError([
+            f"{option}: '{name}' is asked for twice: leave one out"])
+    return {name: (option, value) for option, name, value in found}
+
+# %% ../nbs/43_cli.ipynb #4dd3a937
+def _check_words(prompts: list[str], vocabulary, length: int, option: str) -> None:
+    "Warn of words that were never learned, and of prompts that are cut."
+    from diffusion_model.captions import split_words
+    unknown = dict.fromkeys(word for text in prompts for word in vocabulary.unknown(text))
+    for word in unknown:
+        near = difflib.get_close_matches(word, vocabulary.words, n=3)
+        warnings.warn(f"{option}: the model has learned no word '{word}'"
+                      + (f"; near it are {', '.join(near)}" if near else ""))
+    for text in prompts:
+        if (n := len(split_words(text))) > length: warnings.warn(
+            f"{option}: '{text[:40]}…' has {n} words, and the model reads the first {length}")
+
+
+def _read_text(option, value, condition, denoiser, n, cfg):
+    "Prompts as word numbers, (k, length)."
+    import torch
+    prompts, vocabulary = [value] if isinstance(value, str) else value, denoiser.vocabulary
+    if vocabulary is None: raise ConfigError([
+        f"{option}: the checkpoint has no vocabulary, so that no prompt can be read: leave it out"])
+    _check_words(prompts, vocabulary, condition.length, option)
+    return torch.tensor([vocabulary.encode(text, condition.length) for text in prompts])
+
+
+def _read_labels(option, value, condition, denoiser, n, cfg):
+    import torch
+    classes = denoiser.classes if condition.count == denoiser.num_classes else None
+    return torch.tensor(parse_labels(value, classes, condition.count, n, option))
+
+# %% ../nbs/43_cli.ipynb #5a75f3ab
+def _read_array(option, value, condition, denoiser, n, cfg):
+    "Rows of numbers from a .npy file, (k, ...); or of a vector from the command line."
+    import numpy as np
+    import torch
+    shape = {"vector": lambda c: (c.size,), "tokens": lambda c: (c.length, c.size),
+             "image": lambda c: (c.channels, *denoiser.space.shape[1:])}[condition.kind](condition)
+    try: rows = np.load(Path(value).expanduser()) if value.endswith(".npy") else \
+        np.array([float(word) for word in value.split(",")])
+    except FileNotFoundError: raise FileNotFoundError(
+        f"{option}: no such file: '{value}'") from None
+    except ValueError: raise ConfigError([
+        f"{option}: found '{value}'; allowed: numbers with commas between, or a .npy file"
+    ]) from None
+    if rows.shape == shape: rows = rows[None]
+    if rows.shape[1:] != shape or not len(rows) or rows.dtype.kind not in "fiu": raise ConfigError([
+        f"{option}: found {rows.dtype} of shape {rows.shape}; allowed: numbers of shape {shape}, "
+        "or any number of such rows"])
+    return torch.from_numpy(rows.astype("float32"))
+
+# %% ../nbs/43_cli.ipynb #ab7d7978
+def _read_images(option, value, condition, denoiser, n, cfg):
+    "Images, made into what the model is given beside its own, (n, c, H, W)."
+    import torch
+    from diffusion_model.dataset import list_images, read_image
+    from diffusion_model.transforms import create_transform
+    if value.endswith(".npy"): return _read_array(option, value, condition, denoiser, n, cfg)
+    path, transform = Path(value).expanduser(), create_transform(cfg.data)
+    if not path.exists(): raise FileNotFoundError(f"{option}: no such file or folder: '{path}'")
+    files = list_images(path) if path.is_dir() else [path]
+    if not files: raise ConfigError([f"{option}: there is no image in '{path}'"])
+    at = torch.arange(n)
+    images = transform.augment([read_image(f, transform.prepare) for f in files[:n]],
+                               at[:len(files)])[at % len(files)]
+    return _as_trained(option, images, condition, cfg)
+
+# %% ../nbs/43_cli.ipynb #0749dd46
+def _as_trained(option, images, condition, cfg):
+    "What training makes of images for the model to go by. Raises ConfigError."
+    import torch
+    if getattr(cfg.data, "image_condition", "none") != "none":
+        from diffusion_model.sources import create_image_condition
+        images = create_image_condition(cfg.data)(images, torch.arange(len(images)))
+    if images.shape[1] != condition.channels: raise ConfigError([
+        f"{option}: makes {images.shape[1]} channels, and the model goes by {condition.channels}: "
+        "give them as numbers, in a .npy file"])
+    return images
+
+
+def _held_out(name: str, n: int, cfg):
+    "A condition of the held-out images; None, with a warning, where the data are not there."
+    import torch
+
+    from diffusion_model.dataset import create_dataset
+    try:
+        held = create_dataset(cfg.data).validation
+        return held.batch(torch.arange(n) % len(held)).cond[name]
+    except (OSError, ValueError, KeyError, TypeError) as error: warnings.warn(
+        f"the model goes by an image, '{name}', and its data cannot be read ({error}): drawn "
+        "without one; --images names some")
+
+
+_READ = {"labels": _read_labels, "text": _read_text, "vector": _read_array, "tokens": _read_array,
+         "image": _read_images}
+
+# %% ../nbs/43_cli.ipynb #1427fc0d
+def _conditions(asked: dict, kinds: dict, denoiser, n: int, cfg: Config) -> dict:
+    "Tensors of n rows, by name, of all that is asked for, and of what is usual."
+    import torch
+    found, asked = {}, dict(asked)
+    if "label" in kinds: asked.setdefault("label", ("--labels", None))  # all classes in turn
+    for name, (option, value) in asked.items():
+        rows = _READ[kinds[name].kind](option, value, kinds[name], denoiser, n, cfg)
+        found[name] = rows[torch.arange(n) % len(rows)]
+    for name, condition in kinds.items():
+        if condition.kind == "image" and name not in found:
+            held = _held_out(name, n, cfg)
+            if held is not None: found[name] = held
+    return found
+
+
+def _kinds(denoiser) -> dict:
+    "The config of each condition that the model takes, by name."
+    if isinstance(denoiser.null_cond, dict): return getattr(denoiser.config.model, "conditions", {})
+    return {"label": LabelCondition(count=denoiser.num_classes)} if denoiser.num_classes else {}
 
 # %% ../nbs/43_cli.ipynb #513a991b
 def _drawn_before(folder: Path) -> list[Path]:
     "The files of an earlier sampling."
     return [p for p in folder.glob("*") if re.fullmatch(
-        r"(\d{5,}(_.*)?|grid|\.part)\.png|film\.gif", p.name)]
+        r"(\d{5,}(_.*)?|grid|\.part)\.png|film\.gif|captions\.jsonl", p.name)]
 
 
 def _new_folder(folder: Path) -> Path:
@@ -576,6 +763,12 @@ def _write_image(image, file: Path) -> None:
 GRID = 64  # images of the grid
 
 
+def _numbered(names: list[str]) -> list[str]:
+    "File names, with numbers of one length."
+    digits = max(5, len(str(len(names) - 1)))
+    return [f"{i:0{digits}d}{name}.png" for i, name in enumerate(names)]
+
+# %% ../nbs/43_cli.ipynb #301d7345
 def write_samples(
     stream: Iterator,       # batches, as `generation.generate` gives them
     folder: Path,
@@ -585,13 +778,13 @@ def write_samples(
     import numpy as np
 
     from diffusion_model.plotting import save_film, save_grid
-    done, first, film, stopped, digits = 0, [], [], 0, max(5, len(str(len(names) - 1)))
+    done, first, film, stopped, files = 0, [], [], 0, _numbered(names)
     try:
         with _stoppable(), contextlib.closing(stream):
             for drawn in stream:
                 film = film or drawn.film
                 for i, image in enumerate(drawn.images, drawn.first):
-                    _write_image(image, folder/f"{i:0{digits}d}{names[i]}.png")
+                    _write_image(image, folder/files[i])
                     if i < GRID: first.append(np.asarray(image))
                     done += 1
     except _Stopped as signalled: stopped = signalled.args[0]
@@ -601,40 +794,55 @@ def write_samples(
     return done, stopped
 
 # %% ../nbs/43_cli.ipynb #9a2c8d05
-def _condition(denoiser, labels: list[int] | None, n: int):
-    "What each image is conditioned on: its label, or, where labels mean nothing, the null."
-    import torch
-
-    from diffusion_model.denoiser import map_cond
-    if labels is not None: return torch.tensor(labels)
-    alike = lambda c: torch.as_tensor(c).expand(n, *torch.as_tensor(c).shape)
-    return map_cond(alike, denoiser.null_cond)
+def _condition(denoiser, found: dict, n: int):
+    "What each image is conditioned on: what was found, and the null for all else."
+    from diffusion_model.guidance import null_rows
+    space = getattr(denoiser, "space", None)
+    nulls = null_rows(denoiser.null_cond, n, space.shape if space else ())
+    return nulls | found if isinstance(nulls, dict) else found.get("label", nulls)
 
 
-def _file_names(classes: list | None, labels: list[int] | None, n: int) -> list[str]:
-    "What each file's name says after its number: the class, where there is one."
-    if not classes or labels is None: return [""]*n
-    words = ["_" + re.sub(r"\W+", "-", name)[:80] for name in classes]
-    return [words[label] if label >= 0 else "" for label in labels]
+def _slug(text: str) -> str: return "_" + re.sub(r"\W+", "-", text).strip("-")[:80]
+
+
+def _file_names(
+    classes: list | None, labels: list[int] | None, n: int, prompts: list[str] = None,
+) -> list[str]:
+    "What each file's name says after its number: the class and the prompt, where there are any."
+    words = [_slug(name) for name in classes or []] + [""]  # -1: none
+    said = [words[label] for label in labels] if classes and labels is not None else [""]*n
+    if prompts: said = [a + _slug(prompts[i % len(prompts)]) for i, a in enumerate(said)]
+    return [name.rstrip("_") for name in said]
+
+
+def _write_captions(folder: Path, files: list[str], prompts: list[str]) -> None:
+    "Which prompt made which file, as a data set's captions.jsonl says it."
+    lines = [json.dumps({"file": file, "caption": prompts[i % len(prompts)]}, ensure_ascii=False)
+             for i, file in enumerate(files)]
+    (folder/"captions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 # %% ../nbs/43_cli.ipynb #789a9464
 def draw_samples(args: argparse.Namespace, overrides: list[str]) -> int:
     "Sample, as the command line says."
-    words, path = _sampling_words(args, overrides), _checkpoint_path(args.checkpoint)
+    prompts, path = _prompts(args, overrides), _checkpoint_path(args.checkpoint)
+    words = _sampling_words(args, overrides)
     from diffusion_model.checkpoint import load_checkpoint
     from diffusion_model.generation import generate, load_denoiser
     from diffusion_model.processes import pick_device
     checkpoint = load_checkpoint(path, best=args.best, read=("config",))
     cfg = change_config(checkpoint.config, words)
     denoiser = load_denoiser(checkpoint, device=pick_device(cfg.training.device))
-    n, classes = cfg.sampling.num_samples, checkpoint.classes
-    labels = parse_labels(args.labels, classes, denoiser.num_classes, n)
+    n, kinds = cfg.sampling.num_samples, _kinds(denoiser)
+    found = _conditions(_asked(args, prompts, kinds), kinds, denoiser, n, cfg)
+    labels = found["label"].tolist() if "label" in found else None
+    names = _file_names(denoiser.classes, labels, n, prompts)
     folder = _sample_folder(args, checkpoint.path, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     for file in _drawn_before(folder): file.unlink()
-    stream = generate(denoiser, n, _condition(denoiser, labels, n), args.seed, cfg.sampling,
+    stream = generate(denoiser, n, _condition(denoiser, found, n), args.seed, cfg.sampling,
                       keep=16 if args.film else 0, progress=sys.stderr.isatty())
-    done, stopped = write_samples(stream, folder, _file_names(classes, labels, n))
+    done, stopped = write_samples(stream, folder, names)
+    if prompts and done: _write_captions(folder, _numbered(names)[:done], prompts)
     grid = f"grid.png (the first {GRID})" if done > GRID else "grid.png"
     if not stopped: _say(f"{done} images and {grid} in {folder}")
     elif done: _say(f"stopped: {done} of {n} images and {grid} are in {folder}")

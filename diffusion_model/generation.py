@@ -62,7 +62,7 @@ def load_denoiser(
     ema: bool | str = True,     # as for `load_network`
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # as for `load_network`
-) -> Denoiser:  # with .config, .space, .classes (None: no names) and .vocabulary (None: no captions)
+) -> Denoiser:  # with .config, .space, .classes and .vocabulary (None: no names, no captions)
     "The denoiser of a checkpoint, ready for `sample` and `generate`. Raises CheckpointError."
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
     network, cfg = load_network(checkpoint, ema, device, network)

@@ -141,7 +141,7 @@ def _check_labels(cond: Cond, n: int, classes: int) -> None:
     if len(wrong): raise ValueError(f"labels: found {int(wrong[0])}; allowed: 0 to {classes - 1}, "
                                     f"or {NO_LABEL} for no label")
 
-
+# %% ../nbs/05_guidance.ipynb #699eb30b
 def _check_rows(n: int, name: str, cond: Tensor, null) -> None:
     "`null` is what stands for no condition, of one sample: a number or a tensor."
     wanted = (n, *getattr(null, "shape", ()))  # a side of 1 is of any length

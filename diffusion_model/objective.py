@@ -157,7 +157,8 @@ def _misfit(name: str, kind: str, row: Tensor, none) -> list[str]:
         f"{where}: asks for {'numbers' if none.is_floating_point() else 'whole numbers'}; the data "
         f"have {row.dtype}"]
     if kind == "text" and row.ndim == 1 and len(row) != len(none): return [
-        f"{where}.length: found {len(none)}; data.caption_length is {len(row)}: choose one for both"]
+        f"{where}.length: found {len(none)}; data.caption_length is {len(row)}: choose one for "
+        "both"]
     sides = zip(row.shape, none.shape)  # a side of 1 is of any length: see `null_rows`
     if row.ndim == none.ndim and all(a == b or b == 1 and i for i, (a, b) in enumerate(sides)):
         return []
@@ -267,7 +268,7 @@ def _shown(self: Diffusion, n: int) -> Cond:
         return torch.arange(n) % self.denoiser.num_classes
     return pick_cond(held.batch(torch.arange(n) % len(held)).cond, null)
 
-
+# %% ../nbs/30_objective.ipynb #bc8db29f
 @patch
 def titles(self: Diffusion, n: int) -> list[str]:
     "Of each image that `draw` gives: its caption, or its class, or nothing."

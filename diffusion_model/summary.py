@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .denoiser import Cond, map_cond
+from .guidance import null_rows
 
 # %% ../nbs/14_summary.ipynb #b89cc61e
 def _attention_flops(q: tuple, k: tuple, v: tuple, *_, **__) -> int:  # shapes (B, heads, L, d)
@@ -61,12 +62,8 @@ def _inputs(network: nn.Module, shape: tuple, n: int, cond: Cond) -> tuple[Tenso
     "n images, their times, and for each the condition (default: the network's null)."
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     if cond is None: cond = getattr(network, "null_cond", None)
-
-    def rows(c):
-        c = torch.as_tensor(c, device=device)
-        return c.expand(n, *c.shape)
     images, times = torch.zeros(n, *shape, device=device), torch.full((n,), 500., device=device)
-    return images, times, map_cond(rows, cond)
+    return images, times, map_cond(lambda c: c.to(device), null_rows(cond, n, shape))
 
 
 @contextlib.contextmanager
