@@ -384,7 +384,7 @@ def _duration(seconds: float) -> str:
         if seconds >= large:
             rest = int(seconds % large//small)
             return f"{int(seconds//large)} {name}" + f" {rest} {next_name}"*(rest > 0)
-    return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"{seconds:.0f} s" if seconds >= 1 else "a second"
 
 # %% ../nbs/43_cli.ipynb #afb22340
 def rehearse(
@@ -689,7 +689,8 @@ def _conditions(asked: dict, kinds: dict, denoiser, n: int, cfg: Config) -> dict
     "Tensors of n rows, by name, of all that is asked for, and of what is usual."
     import torch
     found, asked = {}, dict(asked)
-    if "label" in kinds: asked.setdefault("label", ("--labels", None))  # all classes in turn
+    told = any(kinds[name].kind == "text" for name in asked)  # a prompt says what to draw
+    if "label" in kinds and not told: asked.setdefault("label", ("--labels", None))  # all in turn
     for name, (option, value) in asked.items():
         rows = _READ[kinds[name].kind](option, value, kinds[name], denoiser, n, cfg)
         found[name] = rows[torch.arange(n) % len(rows)]

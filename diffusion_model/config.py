@@ -410,10 +410,12 @@ def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
     if known and model.num_classes not in (0, known): lines.append(
         f"model.num_classes: found {model.num_classes}; {data.dataset} has {known} classes: "
         f"choose {known}, or 0 for an unconditional model")
-    if sampling.guidance_scale != 1 and not (model.num_classes and training.label_dropout):
+    told = model.num_classes or getattr(model, "conditions", {})
+    if sampling.guidance_scale != 1 and not (told and training.label_dropout):
         lines.append(
             f"sampling.guidance_scale: found {sampling.guidance_scale}; guidance needs "
-            "model.num_classes > 0 and training.label_dropout > 0, otherwise choose 1 (off)")
+            "model.num_classes > 0 or model.conditions, and training.label_dropout > 0, otherwise "
+            "choose 1 (off)")
     return lines
 
 
