@@ -111,7 +111,7 @@ def resize_crop(
 
 # %% ../nbs/22_transforms.ipynb #8704053f
 def random_crop(
-    images: list[Tensor],   # (C, h, w), each as `resize_crop(.., "random")` gives it; or (B, C, h, w)
+    images: list[Tensor],   # (C, h, w), each as `resize_crop` gives it for "random"; or a batch
     size: int | tuple[int, int],  # of the windows
     place: Tensor,          # (B,) in [0, 1): where along the longer side
 ) -> Tensor:                # (B, C, height, width)

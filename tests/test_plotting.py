@@ -71,7 +71,8 @@ def test_one_image_in_a_file(channels, tmp_path):
     back = np.load(path) if channels == 5 else np.asarray(Image.open(path))
     if channels in (2, 3, 4): back = back.transpose(2, 0, 1)
     assert (back.reshape(x.shape) == x.numpy()).all()
-    with pytest.raises(ValueError, match="image: found float32"): save_image(x.float(), tmp_path/"x")
+    with pytest.raises(ValueError, match="image: found float32"):
+        save_image(x.float(), tmp_path/"x")
 
 
 def test_a_single_image_and_a_tensor_with_gradient():
