@@ -209,6 +209,14 @@ def test_windows_reach_both_ends_and_never_leave():
     assert tall[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
 
 
+def test_a_batch_is_cut_like_a_list():
+    x = torch.randint(0, 256, (50, 3, 20, 31), dtype=torch.uint8)
+    u = torch.rand(50)
+    u[:2] = torch.tensor([0., 1 - 2**-24])
+    for size in (20, (20, 9), (7, 31), (20, 31)):
+        assert torch.equal(random_crop(x, size, u), random_crop(list(x), size, u))
+
+
 def test_flip_is_per_image():
     x = torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8)
     y = random_flip(x, torch.tensor([0.1, 0.5, 0.49]))
