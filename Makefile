@@ -63,9 +63,10 @@ docs: $(READY)  ## Build the documentation site (needs Quarto)
 browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without Chromium)
 	$(BIN)/python tests/browser.py $(ARGS)
 
-benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
+benchmarks: train  ## Measure solvers, trainer, data, judging and the quick start's images (about 27 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 

@@ -1125,6 +1125,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'diffusion_model/plotting.py'),
                                           'diffusion_model.plotting.save_film': ('plotting.html#save_film', 'diffusion_model/plotting.py'),
                                           'diffusion_model.plotting.save_grid': ('plotting.html#save_grid', 'diffusion_model/plotting.py'),
+                                          'diffusion_model.plotting.save_image': ( 'plotting.html#save_image',
+                                                                                   'diffusion_model/plotting.py'),
                                           'diffusion_model.plotting.setup_plots': ( 'plotting.html#setup_plots',
                                                                                     'diffusion_model/plotting.py'),
                                           'diffusion_model.plotting.show_images': ( 'plotting.html#show_images',

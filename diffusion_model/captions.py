@@ -21,7 +21,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def split_words(text: str) -> list[str]:
-    "The words of a sentence: small, without signs; letters of any script, digits, inner apostrophes."
+    "The words of a sentence, small: letters of any script, digits, and inner apostrophes."
     text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")
     return _WORD.findall(text)
 
@@ -78,7 +78,7 @@ def encode(
     numbers = [self._numbers.get(w, UNKNOWN) for w in split_words(text or "")] or [NO_CAPTION]
     return numbers[:length] + [PADDING]*(length - len(numbers))
 
-
+# %% ../nbs/23_captions.ipynb #b6bd5ba5
 @patch
 def decode(
     self: Vocabulary,

@@ -173,7 +173,7 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 Size = Annotated[Side | Annotated[list[Side], Field(min_length=2, max_length=2)],
                  AfterValidator(_square)]
 
-
+# %% ../nbs/20_config.ipynb #f5069b8d
 class _Images(_Section):
     dataset: str = Field(
         "CIFAR10", description="shapes, folder, arrays, hf:NAME, or a torchvision data set's name")
@@ -512,6 +512,12 @@ def _allowed(field: dict, found=None) -> str:
         return f"{kind}, each {_allowed(field['items'], found)}"
     return f"{kind} {_limits(field, found)}".strip()
 
+# %% ../nbs/20_config.ipynb #8ea08104
+def _kinds(section: type, name: str) -> list[dict]:
+    "The kinds of value that a field takes beside null, as JSON schemas."
+    field = section.model_json_schema()["properties"][name]
+    return [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+
 
 def _allowed_in(section: type, name: str, found=None) -> str:
     return _allowed(section.model_json_schema()["properties"][name], found)
@@ -528,12 +534,6 @@ def _unknown(section: str, name: str, sections: dict) -> str:
     elsewhere = [f"{s}.{name}" for s, c in sections.items() if name in c.model_fields]
     if elsewhere: return f"{section}.{name}: no such field; did you mean {elsewhere[0]}?"
     return f"{section}.{name}: no such field; {_did_you_mean(name, sections[section].model_fields)}"
-
-
-def _kinds(section: type, name: str) -> list[dict]:
-    "The kinds of value that a field takes beside null, as JSON schemas."
-    field = section.model_json_schema()["properties"][name]
-    return [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
 
 
 def _wrong(section: str, cls: type, error: dict, given: dict) -> str:
@@ -699,7 +699,8 @@ def _value(section: type, name: str, text: str):
     "A command line's text as the field's type."
     kinds = _allowed_in(section, name)
     if kinds == "text" or kinds.startswith("one of") and not text.isdigit(): return text
-    if kinds.startswith("a list") or " or a list" in kinds and "," in text: text = text if text.startswith("[") else f"[{text}]"
+    listed = kinds.startswith("a list") or " or a list" in kinds and "," in text
+    if listed and not text.startswith("["): text = f"[{text}]"
     try: return yaml.load(text, _Loader)
     except (yaml.YAMLError, ConfigError): return text
 

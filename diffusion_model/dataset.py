@@ -9,21 +9,8 @@ __all__ = ['FIGURES', 'PALETTE', 'IMAGE_SUFFIXES', 'DATASETS', 'SIGNALS', 'draw_
            'PositionLoader', 'create_loader']
 
 # %% ../nbs/23_dataset.ipynb #a7fb1e9a
-import collections
-import contextlib
-import difflib
-import functools
-import hashlib
-import inspect
-import itertools
-import math
-import multiprocessing
-import os
-import signal
-import stat
-import threading
-import traceback
-import warnings
+import collections, contextlib, difflib, functools, hashlib, inspect, itertools, math
+import multiprocessing, os, signal, stat, threading, traceback, warnings
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -239,7 +226,7 @@ def batch(
         cond = named | {"image": self.image_condition(x, positions)}
     return Batch(x, cond, positions)
 
-
+# %% ../nbs/23_dataset.ipynb #1c0360fc
 @patch
 def _read(self: ImageSet, indices: Tensor):  # a tensor or a list of prepared images, and cond
     by, images = self.prepared
@@ -475,7 +462,7 @@ class _File:
 
     def __call__(self, i): return read_image(self.paths[i], self.transform.prepare)
 
-
+# %% ../nbs/23_dataset.ipynb #770828fc
 def _is_small(width: int, height: int, size) -> bool:
     "Is an image enlarged to more than twice its size?"
     high, wide = height_width(size)

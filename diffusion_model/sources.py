@@ -36,9 +36,9 @@ def channels_last(
             if shape[1] in fits: return False
             if shape[3] in fits: return True
     raise ValueError(
-        f"{name}: found an array of shape {tuple(shape)}, and data.channels is {channels}; allowed: "
-        f"(N, {channels}, H, W), (N, H, W, {channels}), or (N, H, W) for grey: set data.channels to "
-        "what the array has")
+        f"{name}: found an array of shape {tuple(shape)}, and data.channels is {channels}; "
+        f"allowed: (N, {channels}, H, W), (N, H, W, {channels}), or (N, H, W) for grey: set "
+        "data.channels to what the array has")
 
 # %% ../nbs/23_sources.ipynb #1efb3c8b
 KINDS = ("uint8", "uint16", "float16", "float32", "float64")  #: of an array of images
@@ -80,8 +80,8 @@ def __getitem__(self: ArrayImages, indices: Tensor) -> Tensor:  # (B, C, H, W)
     if not inside.all():
         k = int((~inside).nonzero()[0, 0])
         bad = x[k][~((x[k] >= 0) & (x[k] <= 1))][0].item()
-        raise ValueError(f"{self.name}: image {int(indices[k])} holds {bad:.6g}; floats must lie in "
-                         "0 to 1 (black to white): divide by the largest value that can occur")
+        raise ValueError(f"{self.name}: image {int(indices[k])} holds {bad:.6g}; floats must lie "
+                         "in 0 to 1 (black to white): divide by the largest that can occur")
     return x
 
 # %% ../nbs/23_sources.ipynb #4b3eb0a2
@@ -201,10 +201,11 @@ def _datasets():
     "The library. Raises `ValueError` where it is not installed."
     try: import datasets
     except ImportError: raise ValueError(
-        "data.dataset: hf:… needs the library datasets: pip install 'diffusion_model[hf]'") from None
+        "data.dataset: hf:… needs the library datasets: pip install "
+        "'diffusion_model[hf]'") from None
     return datasets
 
-
+# %% ../nbs/23_sources.ipynb #e2897bc5
 TEXTS = ("caption", "captions", "text", "prompt", "description", "sentence")
 
 
@@ -214,7 +215,7 @@ def find_columns(
 ) -> dict[str, str]:  # "image", "label", "caption" -> column, for those there are
     "Which column is what. Raises `ValueError` where two could be meant."
     hf, found = _datasets(), {}
-    texts = [c for c in TEXTS if getattr(features.get(c), "dtype", None) in ("string", "large_string")]
+    texts = [c for c in TEXTS if "string" in str(getattr(features.get(c), "dtype", ""))]
     grids = (hf.Array3D, hf.Array2D)
     kinds = {"image": [c for c, f in features.items() if isinstance(f, hf.Image)] or
              [c for c, f in features.items() if isinstance(f, grids)],
@@ -251,7 +252,8 @@ class HubImages:
 
 def _grid(x, kind: str, channels: int) -> Tensor:
     "An image that stands in a column as numbers of this kind."
-    return ArrayImages(np.asarray(x, dtype=kind)[None], channels, "the column")[torch.tensor([0])][0]
+    images = ArrayImages(np.asarray(x, dtype=kind)[None], channels, "the column")
+    return images[torch.tensor([0])][0]
 
 # %% ../nbs/23_sources.ipynb #bb890e3c
 @patch
@@ -316,13 +318,14 @@ LOCAL = ("disk", "parquet", "arrow", "imagefolder")  #: hf:… that lie under da
 
 def open_hub(
     data: Any,   # a `DataConfig` with dataset: hf:…
-) -> dict:       # "train", and "validation" and "test" where there are any -> that library's Dataset
+) -> dict:       # "train", and "validation" and "test" where there are any -> a Dataset
     "A data set of Hugging Face's library. Raises `ValueError`, or `FileNotFoundError`."
     kind, path = data.dataset.removeprefix("hf:"), Path(data.root).expanduser()
     if not kind: raise ValueError(
-        f"data.dataset: found 'hf:'; allowed: hf:NAME of the Hub, {', '.join(f'hf:{k}' for k in LOCAL)}")
+        "data.dataset: found 'hf:'; allowed: hf:NAME of the Hub, "
+        f"{', '.join(f'hf:{k}' for k in LOCAL)}")
     if kind in LOCAL and not path.exists(): raise FileNotFoundError(
-        f"data.root: no file or folder '{path}' (looked in '{Path.cwd()}'); {data.dataset} reads it")
+        f"data.root: no file or folder '{path}' (looked in '{Path.cwd()}'), for {data.dataset}")
     name, _, part = kind.partition(":")
     with _asking(data.download and kind not in LOCAL, data.dataset) as hf:
         try:
@@ -357,8 +360,8 @@ def _splits(found: dict, name: str) -> dict:
 # %% ../nbs/23_sources.ipynb #544f138c
 class ImageCondition(NamedTuple):
     "How an image is made from another, and what it needs for that."
-    make: Callable      # (images (B, C, H, W), u (B, numbers) in [0, 1), data) -> (B, c, H, W)
-    channels: Callable[[int], int]  # C -> c
+    make: Callable | None  # (images (B, C, H, W), u (B, numbers) in [0, 1), data) -> (B, c, H, W)
+    channels: Callable[[int], int] | int  # C -> c, or c
     numbers: int = 0    # random numbers for each image
 
 
@@ -371,7 +374,7 @@ def low_resolution(images: Tensor, u: Tensor, data: Any) -> Tensor:  # (B, C, H,
 
 
 def inpainting(images: Tensor, u: Tensor, data: Any) -> Tensor:  # (B, C + 1, H, W)
-    "A hole of a quarter to three quarters of each side: the rest, and a mask that is 1 in the hole."
+    "All but a hole (a quarter to three quarters of each side), and a mask that is 1 in the hole."
     sides = []
     for k, n in enumerate(images.shape[-2:]):
         length = (0.25 + 0.5*u[:, k, None])*n
@@ -392,10 +395,10 @@ def sketch(images: Tensor, u: Tensor, data: Any) -> Tensor:  # (B, 1, H, W) in [
 
 
 #: name -> how it is made; `data.image_condition` of a config
-IMAGE_CONDITIONS = {"none": ImageCondition(lambda images, u, data: images[:, :0], lambda c: 0),
+IMAGE_CONDITIONS = {"none": ImageCondition(None, 0),
                     "low_resolution": ImageCondition(low_resolution, lambda c: c),
                     "inpainting": ImageCondition(inpainting, lambda c: c + 1, 4),
-                    "sketch": ImageCondition(sketch, lambda c: 1)}
+                    "sketch": ImageCondition(sketch, 1)}
 
 # %% ../nbs/23_sources.ipynb #abe541ca
 class ImageConditioner:
@@ -409,7 +412,8 @@ class ImageConditioner:
     @property
     def channels(self) -> int:
         "How many channels it makes."
-        return IMAGE_CONDITIONS[self.kind].channels(self.data.channels)
+        makes = IMAGE_CONDITIONS[self.kind].channels
+        return makes if isinstance(makes, int) else makes(self.data.channels)
 
     def __call__(
         self,

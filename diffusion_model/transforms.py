@@ -111,12 +111,16 @@ def resize_crop(
 
 # %% ../nbs/22_transforms.ipynb #8704053f
 def random_crop(
-    images: list[Tensor],   # (C, h, w), each as `resize_crop(.., "random")` gives it; or (B, C, h, w)
+    images: list[Tensor],   # (C, h, w), each as `resize_crop` gives it for "random"; or a batch
     size: int | tuple[int, int],  # of the windows
     place: Tensor,          # (B,) in [0, 1): where along the longer side
 ) -> Tensor:                # (B, C, height, width)
     "A window out of each image."
     windows, (high, wide) = [], height_width(size)
+    if isinstance(images, Tensor):  # all windows as a view, of which each image takes one
+        views = images.unfold(2, high, 1).unfold(3, wide, 1)
+        at = [(place.double()*n).long() for n in views.shape[2:4]]
+        return views[torch.arange(len(images)), :, at[0], at[1]]
     for image, u in zip(images, place.tolist()):
         h, w = image.shape[-2:]
         top, left = int(u*(h - high + 1)), int(u*(w - wide + 1))

@@ -8,7 +8,8 @@ from diffusion_model.captions import Vocabulary, read_captions, read_jsonl, spli
 
 @pytest.mark.parametrize("text, words", [
     ("A red star.", ["a", "red", "star"]), ("isn't ISN’T", ["isn't", "isn't"]), ("", []),
-    ("'quoted' dogs'", ["quoted", "dogs"]), ("a_b-c/d", ["a", "b", "c", "d"]), ("3D 4k", ["3d", "4k"]),
+    ("'quoted' dogs'", ["quoted", "dogs"]), ("a_b-c/d", ["a", "b", "c", "d"]),
+    ("3D 4k", ["3d", "4k"]),
     ("Ärger ÉTÉ", ["ärger", "été"]), ("e\u0301te\u0301", ["été"]), ("звезда 星", ["звезда", "星"])])
 def test_words(text, words): assert split_words(text) == words
 
@@ -41,8 +42,10 @@ def test_words_that_no_caption_gives(words):
 
 def test_limits():
     for most in (3, 0, -1):
-        with pytest.raises(ValueError, match="data.caption_words: found"): Vocabulary.of(["a"], most)
-    with pytest.raises(ValueError, match="data.caption_length: found 0"): Vocabulary([]).encode("a", 0)
+        with pytest.raises(ValueError, match="data.caption_words: found"):
+            Vocabulary.of(["a"], most)
+    with pytest.raises(ValueError, match="data.caption_length: found 0"):
+        Vocabulary([]).encode("a", 0)
     for n in (-1, 4):
         with pytest.raises(ValueError, match="allowed: 0 to 3"): Vocabulary(["a"]).decode([n])
 

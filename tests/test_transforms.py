@@ -66,7 +66,7 @@ def test_sixteen_bits():
 
 
 def test_sixteen_bits_are_not_eight(tmp_path):
-    "All 65,536 levels stay apart, whatever the file's format; and black and white are where they are."
+    "All 65,536 levels stay apart, whatever the file's format; black and white are where they were."
     x = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for suffix in ("png", "tif"):
         Image.fromarray(x).save(tmp_path/f"x.{suffix}")
@@ -100,7 +100,8 @@ def test_alpha_can_be_asked_for():
     image.putalpha(Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5)))
     assert torch.equal(to_tensor(image, 4), F.pil_to_tensor(image))
     assert torch.equal(to_tensor(image, 2), F.pil_to_tensor(image.convert("LA")))
-    assert (to_tensor(noise_image(), 4)[3] == 255).all() and to_tensor(noise_image(), 2).shape[0] == 2
+    assert (to_tensor(noise_image(), 4)[3] == 255).all()
+    assert to_tensor(noise_image(), 2).shape[0] == 2
     with pytest.raises(ValueError, match="data.channels: found 5, but an image of 3: set it to 1"):
         to_tensor(noise_image(), 5)
 
@@ -144,7 +145,8 @@ def test_windows_of_any_aspect(size):
         y = resize_crop(x, size, "random")
         assert (y == 77).all() and (y.shape[1] == size[0] or y.shape[2] == size[1])
         assert y.shape[1] >= size[0] and y.shape[2] >= size[1]
-        for u in (0., 1 - 2**-24): assert random_crop([y], size, torch.tensor([u])).shape[2:] == size
+        for u in (0., 1 - 2**-24):
+            assert random_crop([y], size, torch.tensor([u])).shape[2:] == size
     x = torch.arange(40, dtype=torch.uint8).expand(1, 10, 40)
     assert resize_crop(x, (10, 20))[0, 0].tolist() == list(range(10, 30))
     assert resize_crop(x.mT, (20, 10))[0, :, 0].tolist() == list(range(10, 30))
@@ -205,6 +207,14 @@ def test_windows_reach_both_ends_and_never_leave():
     assert random_crop([x, x], 4, u)[:, 0, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     tall = random_crop([x.mT, x.mT], 4, u)
     assert tall[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+
+
+def test_a_batch_is_cut_like_a_list():
+    x = torch.randint(0, 256, (50, 3, 20, 31), dtype=torch.uint8)
+    u = torch.rand(50)
+    u[:2] = torch.tensor([0., 1 - 2**-24])
+    for size in (20, (20, 9), (7, 31), (20, 31)):
+        assert torch.equal(random_crop(x, size, u), random_crop(list(x), size, u))
 
 
 def test_flip_is_per_image():
