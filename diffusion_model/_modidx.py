@@ -1655,6 +1655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'diffusion_model.unet.Upsample.forward': ('unet.html#upsample.forward', 'diffusion_model/unet.py'),
                                       'diffusion_model.unet._conv': ('unet.html#_conv', 'diffusion_model/unet.py'),
                                       'diffusion_model.unet._pool': ('unet.html#_pool', 'diffusion_model/unet.py'),
+                                      'diffusion_model.unet._rename': ('unet.html#_rename', 'diffusion_model/unet.py'),
                                       'diffusion_model.unet._residual': ('unet.html#_residual', 'diffusion_model/unet.py'),
                                       'diffusion_model.unet._run': ('unet.html#_run', 'diffusion_model/unet.py'),
                                       'diffusion_model.unet._zero': ('unet.html#_zero', 'diffusion_model/unet.py'),

@@ -657,7 +657,10 @@ def load_weights(
     "Copy weights into a network, or say exactly how the two differ."
     if not isinstance(state, Mapping) or "param_groups" in state or "optimizer" in state:
         raise CheckpointError(f"{source}: this is optimizer state, not a network's weights")
-    state, names = _strip(state), list(network.state_dict())
+    now = {old: new for part in network.modules()  # an older version's names -> today's
+           for old, new in getattr(part, "renamed", {}).items()}
+    state = {now.get(name, name): value for name, value in _strip(state).items()}
+    names = list(network.state_dict())
     own = _strip(network.state_dict())
     if lines := _mismatch(own, state):
         lines += [f"  {k}: {a} in the checkpoint, {b} here" for k, (a, b) in (changes or {}).items()

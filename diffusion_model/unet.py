@@ -317,6 +317,14 @@ def _add_inputs(self: UNet, base: int, num_classes: int, conditions: Mapping):
     self.num_classes, self.null_cond = self.conditions.num_classes, self.conditions.null_cond
     seen = self.channels + self.conditions.image_channels
     self.conv_in = nn.Conv2d(seen*self.patch_size**2, base, 3, padding=1)
+    self.renamed = {"label_emb.weight": "conditions.embedders.label.table.weight"}
+    self.register_load_state_dict_pre_hook(_rename)
+
+
+def _rename(network, state, prefix, *_):
+    "Weights that were saved under names of old find their place."
+    for old, new in network.renamed.items():
+        if prefix + old in state: state[prefix + new] = state.pop(prefix + old)
 
 # %% ../nbs/10_unet.ipynb #1df63db3
 @patch

@@ -274,8 +274,9 @@ SHORT = {
     ),
     "model": (
         "name base_channels channel_multipliers num_res_blocks "
-        "attention_resolutions attention_head_dim dropout norm_groups num_classes "
-        "patch_size"
+        "attention_resolutions attention_levels attention_heads attention_head_dim dropout "
+        "norm norm_groups adaptive_norm resample num_classes conditions patch_size pad "
+        "gradient_checkpointing"
     ),
 }
 
@@ -346,7 +347,8 @@ def test_literals_are_what_their_readers_know():
     "No field is a list of names that somebody else keeps, too, except for these; and these agree."
     found = {f"{s}.{f}": x for s, c in SECTIONS.items() for f, field in c.model_fields.items()
              for x in literals(field.annotation)}
-    assert found == {"model.name": ("unet",),
+    assert found == {"model.name": ("unet",), "model.resample": ("conv", "pool", "residual"),
+                     "model.norm": ("group", "layer", "rms", "instance", "batch"),
                      "data.crop": ("center", "random", "none"),
                      "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
                      "training.precision": ("fp32", "bf16", "fp16")}
