@@ -77,7 +77,7 @@ def forward(self: ResBlock,
     if self.resize: h, x = self.resize(h), self.resize(x)
     h = self.conv1(h)
     if self.adaptive: h = self.norm2(h, *time.chunk(2, dim=1))
-    else: h = self.norm2(h.add_(time[:, :, None, None]))
+    else: h = self.norm2(h, plus=time)
     return self.conv2(self.dropout(h)).add_(self.shortcut(x))
 
 # %% ../nbs/10_unet.ipynb #2838ce21
