@@ -24,9 +24,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .condition_config import LabelCondition
 from .config import (
@@ -388,9 +389,9 @@ def _duration(seconds: float) -> str:
 
 # %% ../nbs/43_cli.ipynb #afb22340
 def rehearse(
-    trainer,  # a `training.Trainer` that is ready to begin, or to go on
-    say,      # prints a line
-) -> int:     # exit code
+    trainer: Any,            # a `training.Trainer` that is ready to begin, or to go on
+    say: Callable,           # prints a line
+) -> int:                    # exit code
     "A few steps that are thrown away: what a run will cost. Nothing is written."
     import torch
     t = trainer.cfg.training

@@ -401,7 +401,7 @@ def _not_its_own(sampling: SamplingConfig, option: str) -> str:
 KNOWN_CLASSES = {"shapes": 8, "MNIST": 10, "FashionMNIST": 10, "KMNIST": 10, "CIFAR10": 10,
                  "CIFAR100": 100, "SVHN": 10, "STL10": 10}
 
-
+# %% ../nbs/20_config.ipynb #99f26254
 def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
                   sampling: SamplingConfig) -> list[str]:
     "Classes must be the data's, and guidance needs a network that also knows 'no label'."
