@@ -18,7 +18,7 @@ setup: $(READY)  ## Make .venv and install the package with its extras (quick th
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"diffusion_model needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}. Name another: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb,hf]'
 	@touch $@
 
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
@@ -63,9 +63,10 @@ docs: $(READY)  ## Build the documentation site (needs Quarto)
 browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without Chromium)
 	$(BIN)/python tests/browser.py $(ARGS)
 
-benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
+benchmarks: train  ## Measure solvers, trainer, data, judging and the quick start's images (about 27 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 

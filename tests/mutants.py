@@ -41,8 +41,9 @@ TESTS = {
     "tracking": ["test_training.py", "test_cli.py", "faults/test_saving.py"],
     "processes": ["test_launchers.py", "test_training.py", "faults/test_numbers.py",
                   "faults/test_processes.py"],
-    "objective": RUNS, "training": RUNS, "callbacks": RUNS, "generation": ["test_cli.py", *RUNS],
-    "cli": ["faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
+    "objective": ["test_asking.py", *RUNS], "training": RUNS, "callbacks": RUNS,
+    "generation": ["test_cli.py", *RUNS],
+    "cli": ["test_asking.py", "faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
     "features": ["test_judge.py"], "report": ["test_judge.py"],
 }
 
