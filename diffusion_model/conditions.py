@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_CAPTION', 'EMBEDDERS', 'Embedded', 'Labels', 'Vectors', 'TextBlock', 'Texts', 'Tokens', 'Images', 'Conditions']
 
-# %% ../nbs/13_conditions.ipynb #377b4316
+# %% ../nbs/13_conditions.ipynb #8d87a56e
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from .condition_config import (
     VectorCondition, check_conditions)
 from .denoiser import NO_LABEL, Cond
 
-# %% ../nbs/13_conditions.ipynb #ab6380a3
+# %% ../nbs/13_conditions.ipynb #63e2e801
 class Embedded(NamedTuple):
     "What conditions are to a network; None where no condition says it that way."
     vector: Tensor | None = None  # (B, channels), added to the embedding of the time
@@ -27,7 +27,7 @@ class Embedded(NamedTuple):
     mask: Tensor | None = None    # (B, L) bool, True where a token counts; at least one a sample
     images: Tensor | None = None  # (B, c, H, W), beside the image's own channels
 
-# %% ../nbs/13_conditions.ipynb #6325a99a
+# %% ../nbs/13_conditions.ipynb #43f5ce5c
 class Labels(nn.Module):
     "A row for each label, and a last one for none (Dhariwal & Nichol 2021; Ho & Salimans 2022)."
     shape, whole = (), True  # of one sample's condition; whole numbers?
@@ -45,7 +45,7 @@ class Labels(nn.Module):
         none = self.table.num_embeddings - 1
         return Embedded(vector=self.table(torch.where(cond < 0, none, cond)))
 
-# %% ../nbs/13_conditions.ipynb #792baadb
+# %% ../nbs/13_conditions.ipynb #dbdb5d9a
 class Vectors(nn.Module):
     "Two layers for a few numbers; a learned vector where all of them are zero, that is, for none."
     whole, limits = False, None
@@ -66,7 +66,7 @@ class Vectors(nn.Module):
         found = self.layers(cond.to(self.none.dtype))
         return Embedded(vector=torch.where(given, found, self.none))
 
-# %% ../nbs/13_conditions.ipynb #57a8ae0d
+# %% ../nbs/13_conditions.ipynb #d2275965
 class TextBlock(nn.Module):
     "A transformer layer in which words look at words (Vaswani et al. 2017; norms come first)."
     def __init__(self, width: int, heads: int):
@@ -86,7 +86,7 @@ class TextBlock(nn.Module):
         x = x + self.to_out(seen.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/13_conditions.ipynb #70db9b9d
+# %% ../nbs/13_conditions.ipynb #77c22bcf
 NO_CAPTION = 2  # the number of the word that stands for "no caption"; 0 is padding, 1 is unknown
 
 
@@ -100,7 +100,7 @@ def _mean(tokens: Tensor, mask: Tensor) -> Tensor:  # (B, C)
     "Of the tokens that count; the others are zero."
     return (tokens.float().sum(1)/mask.sum(1, keepdim=True)).to(tokens.dtype)
 
-# %% ../nbs/13_conditions.ipynb #14b4a5be
+# %% ../nbs/13_conditions.ipynb #4b195b6b
 class Texts(nn.Module):
     "A small encoder: words and their places, then a few layers; tokens, and their mean."
     whole = True
@@ -117,13 +117,12 @@ class Texts(nn.Module):
         self.shape, self.limits = (condition.length,), (0, condition.words - 1)
         self.null = F.pad(torch.tensor([NO_CAPTION]), (0, condition.length - 1))
         self.words = nn.Embedding(condition.words, width)
-        self.places = nn.Parameter(torch.empty(condition.length, width))
-        for weight in (self.words.weight, self.places): nn.init.normal_(weight, std=0.02)
+        self.places = nn.Parameter(torch.randn(condition.length, width))
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(condition.layers))
         self.norm = nn.LayerNorm(width)
         self.to_tokens, self.to_vector = (nn.Linear(width, c) for c in (token_channels, channels))
 
-# %% ../nbs/13_conditions.ipynb #1b7a20db
+# %% ../nbs/13_conditions.ipynb #730a18d3
 @patch
 def forward(self: Texts, cond: Tensor) -> Embedded:
     cond = torch.where(_nothing(cond != 0), NO_CAPTION, cond)
@@ -134,7 +133,7 @@ def forward(self: Texts, cond: Tensor) -> Embedded:
     tokens = self.to_tokens(x).masked_fill(~mask[:, :, None], 0)
     return Embedded(self.to_vector(_mean(x, mask)), tokens, mask)
 
-# %% ../nbs/13_conditions.ipynb #963dfb62
+# %% ../nbs/13_conditions.ipynb #de1d9206
 class Tokens(nn.Module):
     "Frozen embeddings of any encoder, brought to the network's width; and their mean."
     whole, limits = False, None
@@ -160,7 +159,7 @@ class Tokens(nn.Module):
         tokens = self.norm(x).masked_fill(~mask[:, :, None], 0)
         return Embedded(self.to_vector(_mean(tokens, mask)), tokens, mask)
 
-# %% ../nbs/13_conditions.ipynb #d05283a8
+# %% ../nbs/13_conditions.ipynb #7d83ebe6
 class Images(nn.Module):
     "Nothing to learn: the picture itself, for the network to lay beside its own channels."
     whole, limits = False, None
@@ -181,7 +180,7 @@ class Images(nn.Module):
 EMBEDDERS = {"labels": Labels, "vector": Vectors, "text": Texts, "tokens": Tokens,
              "image": Images}
 
-# %% ../nbs/13_conditions.ipynb #8ff5abf0
+# %% ../nbs/13_conditions.ipynb #aa0f07d8
 class Conditions(nn.Module):
     "All that a network is told besides image and time. Raises ValueError for what does not fit."
     def __init__(self,
@@ -202,7 +201,7 @@ class Conditions(nn.Module):
             for name, c in conditions.items()})
         self._say(conditions)
 
-# %% ../nbs/13_conditions.ipynb #3bbcd488
+# %% ../nbs/13_conditions.ipynb #d086bf3b
 @patch
 def _say(self: Conditions, conditions):
     "What others ask: classes, what stands for none, and what there is to come."
@@ -213,7 +212,7 @@ def _say(self: Conditions, conditions):
     nulls = {name: part.null for name, part in self.embedders.items()}
     self.null_cond = nulls.get("label") if self.plain else nulls  # of one sample
 
-# %% ../nbs/13_conditions.ipynb #f75e8abd
+# %% ../nbs/13_conditions.ipynb #6d92a51d
 @patch
 def forward(self: Conditions,
     cond: Cond,    # a tensor of labels, or a dict with a tensor of each name; None: unconditional
@@ -243,7 +242,7 @@ def _named(self: Conditions, cond: Cond) -> dict[str, Tensor]:
         + (", ".join(cond) or "nothing" if isinstance(cond, dict) else type(cond).__name__))
     return cond
 
-# %% ../nbs/13_conditions.ipynb #98224600
+# %% ../nbs/13_conditions.ipynb #f5f7c784
 @patch
 def check(self: Conditions,
     cond: Cond,                    # what the network is to be given
@@ -258,7 +257,7 @@ def check(self: Conditions,
         _check_form(where, part, c, (n, *part.shape), size)
         if values and part.limits: _check_values(where, c, *part.limits)
 
-
+# %% ../nbs/13_conditions.ipynb #3e433685
 def _check_form(where, part, c, shape, size):
     "Numbers of the right type, in the right shape; None in `shape` is of any size, or `size`."
     if None in shape: shape = (*shape[:2], *(size or (None, None)))

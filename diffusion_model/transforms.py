@@ -20,78 +20,103 @@ from .counters import counter_uniform
 
 # %% ../nbs/22_transforms.ipynb #41308fa5
 def to_float(
-    x: Tensor,           # uint8, 0 to 255
+    x: Tensor,           # uint8, 0 to 255; or float, 0 to 1
     mean: float = 0.5,   # of the normalisation, for x in [0, 1]
     std: float = 0.5,    # of the normalisation
 ) -> Tensor:             # float32; in [-1, 1] for mean and std 0.5
-    "Bytes as the numbers the network sees."
-    return (x.float()/255 - mean)/std
+    "Bytes, or floats in [0, 1], as the numbers the network sees."
+    return _unit(x).sub_(mean).div_(std)
+
+
+def _unit(x: Tensor) -> Tensor:  # float32 in [0, 1], a copy
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 # %% ../nbs/22_transforms.ipynb #016b0ecd
 def to_tensor(
-    image: Image.Image | Tensor,  # of any mode; or uint8 (C, H, W)
-    channels: int = 3,            # 1: grey, 3: colour
+    image: Image.Image | Tensor,  # of any mode; or uint8, or float in [0, 1], (C, H, W)
+    channels: int = 3,            # 1: grey, 3: colour; 2, 4: the same with alpha
     background: str = "white",    # any colour name or #rrggbb; goes under transparent pixels
-) -> Tensor:                      # uint8 (channels, H, W)
-    "Any picture as bytes with the wanted number of channels."
-    if isinstance(image, Image.Image):
-        image = _eight_bits(image)
-        if image.has_transparency_data:
-            under = Image.new("RGBA", image.size, ImageColor.getrgb(background))
-            image = Image.alpha_composite(under, image.convert("RGBA"))
-        if image.mode not in ("1", "L"): image = image.convert("RGB")
-        image = F.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+) -> Tensor:                      # uint8 (channels, H, W); float32 in [0, 1] of deeper pictures
+    "Any picture with the wanted number of channels. Raises `ValueError`."
+    if not isinstance(image, Image.Image): return as_channels(image, channels)
+    deep = _deeper(image)
+    if deep is not None: return as_channels(deep, channels)
+    image = ImageOps.exif_transpose(image)
+    if channels in (2, 4):
+        image = image.convert("RGBA")
+        return F.pil_to_tensor(image.convert("LA") if channels == 2 else image)
+    if image.has_transparency_data:
+        under = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        image = Image.alpha_composite(under, image.convert("RGBA"))
+    if image.mode not in ("1", "L"): image = image.convert("RGB")
+    image = F.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
     return as_channels(image, channels)
 
-
-def _eight_bits(image):
-    "Upright, with 8 bits a channel: of 16 the upper ones. Raises `ValueError` for 32."
-    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # these have no more
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I") and not sixteen:
-        low, high = image.getextrema()
+# %% ../nbs/22_transforms.ipynb #08db78a3
+def _deeper(image: Image.Image) -> Tensor | None:  # float32 (1, H, W) in [0, 1]; None: 8 bits
+    "Pixels of 16 bits, or floats from 0 to 1, with all that they say. Raises `ValueError`."
+    sixteen = image.mode.startswith("I;16")
+    if image.mode == "I": sixteen = image.format in ("PNG", "PPM")  # these have no more
+    if not sixteen and image.mode not in ("I", "F"): return None
+    x = np.asarray(ImageOps.exif_transpose(image))
+    low, high = x.min(), x.max()
+    if sixteen: x = x.clip(0, 65535)/np.float32(65535)
+    elif image.mode == "I" or not (0 <= low and high <= 1):  # not a number is refused, too
         kind = "floating point" if image.mode == "F" else "32 bits a pixel"
         raise ValueError(f"image mode {image.mode} ({kind}) does not say which value is white: "
-                         f"found {low:.6g} to {high:.6g}; save it with 8 or 16 bits")
-    if not image.mode.startswith("I"): return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535)//257).astype(np.uint8))
+                         f"found {low:.6g} to {high:.6g}; save it with 8 or 16 bits, or as floats "
+                         "from 0 to 1")
+    return torch.from_numpy(x.astype(np.float32))[None]
 
 # %% ../nbs/22_transforms.ipynb #03319338
 def as_channels(x: Tensor, channels: int) -> Tensor:
     "Grey from colour by its brightness, colour from grey by repetition; (..., C, H, W)."
     if x.shape[-3] == channels: return x
     if x.shape[-3] not in (1, 3):
-        raise ValueError(f"image: found {x.shape[-3]} channels; 1 (grey) or 3 (colour) are known")
+        raise ValueError(f"image: found {x.shape[-3]} channels, and data.channels is {channels}; "
+                         "only grey and colour (1 and 3) can be made of each other: set "
+                         f"data.channels to {x.shape[-3]}")
+    if channels not in (1, 3): raise ValueError(
+        f"data.channels: found {channels}, but an image of {x.shape[-3]}: set it to 1 or 3")
     return F.rgb_to_grayscale(x) if channels == 1 else x.repeat_interleave(3, dim=-3)
 
 # %% ../nbs/22_transforms.ipynb #8520b92d
+def _pair(size) -> tuple[int, int]:
+    "(height, width) of a size, which may be the side of a square."
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def resize_crop(
-    x: Tensor,             # uint8 (..., C, H, W)
-    size: int,             # pixels
-    crop: str = "center",  # "center", "random" or "none"
-) -> Tensor:               # uint8 (..., C, size, size); for "random" the longer side stays longer
-    "Bring the shorter side to `size`, or (`none`) both, antialiased."
-    h, w = x.shape[-2:]
+    x: Tensor,              # uint8, or float in [0, 1], (..., C, H, W)
+    size: int | tuple[int, int],  # pixels: the side of a square, or (height, width)
+    crop: str = "center",   # "center", "random" or "none"
+) -> Tensor:                # (..., C, height, width); for "random" what is longer stays longer
+    "Cut to the aspect of `size`, then resize; or (`none`) only resize; antialiased."
+    (h, w), (high, wide) = x.shape[-2:], _pair(size)
+    lower = h*wide <= w*high     # is height what there is too little of?
     if crop == "center":
-        h = w = min(h, w)
+        h, w = (h, round(h*wide/high)) if lower else (round(w*high/wide), w)
+        h, w = max(h, 1), max(w, 1)
         x = F.center_crop(x, [h, w])
-    short = min(h, w)
-    shape = [size, size] if crop == "none" else [round(h*size/short), round(w*size/short)]
+    shape = [high, wide]
+    if crop == "random":
+        shape = [high, round(w*high/h)] if lower else [round(h*wide/w), wide]
     if [h, w] == shape: return x
-    return F.resize(x, shape, InterpolationMode.BICUBIC, antialias=True)
+    y = F.resize(x, shape, InterpolationMode.BICUBIC, antialias=True)
+    return y.clamp_(0, 1) if y.is_floating_point() else y  # bicubic goes beyond black and white
 
 # %% ../nbs/22_transforms.ipynb #8704053f
 def random_crop(
-    images: list[Tensor],  # uint8 (C, h, w), each with its shorter side equal to `size`
-    size: int,
-    place: Tensor,         # (B,) in [0, 1): where along the longer side
-) -> Tensor:               # uint8 (B, C, size, size)
-    "A square window out of each image."
-    windows = []
+    images: list[Tensor],   # (C, h, w), each as `resize_crop(.., "random")` gives it; or (B, C, h, w)
+    size: int | tuple[int, int],  # of the windows
+    place: Tensor,          # (B,) in [0, 1): where along the longer side
+) -> Tensor:                # (B, C, height, width)
+    "A window out of each image."
+    windows, (high, wide) = [], _pair(size)
     for image, u in zip(images, place.tolist()):
         h, w = image.shape[-2:]
-        top, left = int(u*(h - size + 1)), int(u*(w - size + 1))
-        windows.append(F.crop(image, top, left, size, size))
+        top, left = int(u*(h - high + 1)), int(u*(w - wide + 1))
+        windows.append(image[..., top:top + high, left:left + wide])
     return torch.stack(windows)
 
 
@@ -110,13 +135,14 @@ class Transform:
         data: Any,    # a `DataConfig`, or anything with its fields
         train: bool,  # with augmentation?
     ):
-        self.size, self.channels, self.crop = data.image_size, data.channels, data.crop
-        self.background, self.mean, self.std = data.background, data.mean, data.std
+        self.channels, *self.size = data.shape
+        self.crop, self.background = data.crop, data.background
+        self.mean, self.std = data.mean, data.std
         self.seed, self.flip = data.data_seed, train and data.horizontal_flip
         if self.crop == "random" and not train: self.crop = "center"
 
-    def prepare(self, image: Image.Image | Tensor) -> Tensor:  # uint8 (..., C, h, w)
-        "The half that never changes, for a PIL image or bytes (..., C, H, W)."
+    def prepare(self, image: Image.Image | Tensor) -> Tensor:  # (..., C, h, w), as `to_tensor`
+        "The half that never changes, for a PIL image or a tensor (..., C, H, W)."
         x = to_tensor(image, self.channels, self.background)
         return resize_crop(x, self.size, self.crop)
 
@@ -126,10 +152,12 @@ def augment(
     self: Transform,
     images: Tensor | list[Tensor],  # prepared: (B, C, h, w), or a list of (C, h, w)
     positions: Tensor,              # (B,) int64: where each sample stands in the run
-) -> Tensor:                        # float32 (B, C, size, size)
+) -> Tensor:                        # float32 (B, C, height, width)
     "The half that a position decides, then the normalisation."
-    if not len(positions): return torch.zeros(0, self.channels, self.size, self.size)
+    if not len(positions): return torch.zeros(0, self.channels, *self.size)
     u = counter_uniform(self.seed, "augment", positions, 2)
+    if not isinstance(images, Tensor) and len({x.dtype for x in images}) > 1:
+        images = [_unit(x) for x in images]  # bytes and deeper ones in one batch
     if self.crop == "random": images = random_crop(images, self.size, u[:, 0])
     x = images if isinstance(images, Tensor) else torch.stack(images)
     if self.flip: x = random_flip(x, u[:, 1])
@@ -139,7 +167,7 @@ def augment(
 @patch
 def __call__(
     self: Transform, image: Image.Image | Tensor, position: int = 0,
-) -> Tensor:  # float32 (C, size, size)
+) -> Tensor:  # float32 (C, height, width)
     "One picture, as the sample at `position` sees it."
     return self.augment([self.prepare(image)], torch.tensor([position]))[0]
 
