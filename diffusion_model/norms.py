@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'Norm', 'GroupNorm', 'RMSNorm', 'BatchNorm', 'NoNorm', 'create_norm']
 
-# %% ../nbs/10_norms.ipynb #5b94d820
+# %% ../nbs/10_norms.ipynb #cfda7af5
 from collections.abc import Callable
 
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/10_norms.ipynb #3528ac37
+# %% ../nbs/10_norms.ipynb #87655f78
 def _rows(x: Tensor) -> Tensor:
     "(B, C, H, W) as (B, H*W, C): nothing is moved where the memory format is channels-last."
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
@@ -38,7 +38,7 @@ def _spread(v: Tensor, per: int) -> Tensor:  # (B, groups) -> (B, C)
     "A number of each group for each of its channels."
     return v.repeat_interleave(per, dim=1) if per > 1 else v
 
-# %% ../nbs/10_norms.ipynb #e4551c6e
+# %% ../nbs/10_norms.ipynb #547bf3e7
 def _statistics(rows: Tensor, plus: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     "Mean of each group, (B, groups), and its variance; of rows + plus."
     b, n, c = rows.shape
@@ -52,7 +52,7 @@ def _statistics(rows: Tensor, plus: Tensor | None, groups: int) -> tuple[Tensor,
     square = square + off*(2*(means - rounded.float()) + off)
     return mean, square.view(b, groups, -1).mean(2)
 
-# %% ../nbs/10_norms.ipynb #17a6e2fe
+# %% ../nbs/10_norms.ipynb #6169fe14
 def _line(mean: Tensor, rstd: Tensor, weight, bias, plus) -> tuple[Tensor, Tensor, Tensor]:
     "Slope and offset of y = slope*x + offset, and what x̂ = (x + shift)*rstd adds to x; (B, C)."
     per = weight.shape[1]//mean.shape[1]
@@ -80,19 +80,25 @@ def _gradients(rows, g, weight, bias, plus, mean, rstd):
     whole = (lambda v: n*v) if len(weight) > 1 else (lambda v: n*v.sum(0, keepdim=True))
     return dx, whole(gx_mean), whole(g_mean), d_plus
 
-# %% ../nbs/10_norms.ipynb #24afa381
+# %% ../nbs/10_norms.ipynb #816ed3df
+_LARGE = 1024  # places from which PyTorch's forward pass is quick in channels-last, too
+
+
 class _LeanNorm(torch.autograd.Function):
     "y = W*x̂ + B over groups of channels, SiLU after it where asked; keeps its input alone."
     @staticmethod
     def forward(ctx, x, weight, bias, plus, groups, eps, act):  # weight, bias: (1 or B, C)
-        rows = _rows(x)
-        mean, variance = _statistics(rows, plus, groups)
-        rstd = (variance + eps).rsqrt()
-        slope, offset, _ = _line(mean, rstd, weight, bias, plus)
-        y = _along(rows, slope, offset)
+        if plus is None and len(weight) == 1 and x[0, 0].numel() >= _LARGE:
+            y, mean, rstd = torch.native_group_norm(
+                x, weight[0], bias[0], len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+        else:
+            rows = _rows(x)
+            mean, variance = _statistics(rows, plus, groups)
+            rstd = (variance + eps).rsqrt()
+            y = _image(_along(rows, *_line(mean, rstd, weight, bias, plus)[:2]), x)
         ctx.save_for_backward(x, weight, bias, plus, mean, rstd)
         ctx.act = act
-        return _image(F.silu(y, inplace=True) if act else y, x)
+        return F.silu(y, inplace=True) if act else y
 
     @staticmethod
     @once_differentiable
@@ -105,7 +111,7 @@ class _LeanNorm(torch.autograd.Function):
         dx, *others = _gradients(rows, g, weight, bias, plus, mean, rstd)
         return _image(dx, x), *others, None, None, None
 
-# %% ../nbs/10_norms.ipynb #1095fab5
+# %% ../nbs/10_norms.ipynb #dd0360bc
 class Norm(nn.Module):
     "A norm with a weight and a bias for each channel, adaptive where given a scale and a shift."
     def __init__(self,
@@ -132,9 +138,9 @@ class Norm(nn.Module):
         if plus is not None: x = x + plus[:, :, None, None]
         y = self.normalise(x)
         if scale is not None: y = y*(1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        return F.silu(y) if self.act else y
+        return F.silu(y, inplace=not y.requires_grad) if self.act else y
 
-# %% ../nbs/10_norms.ipynb #c090da91
+# %% ../nbs/10_norms.ipynb #70f59e58
 class GroupNorm(Norm):
     "Mean and variance of groups of channels of one image (Wu & He 2018)."
     def __init__(self, groups: int, channels: int, act: bool = False, eps: float = 1e-6):
@@ -144,19 +150,29 @@ class GroupNorm(Norm):
         self.groups = groups
 
     def normalise(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        norm = lambda x: F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        if not _is_last(x) or x[0, 0].numel() >= _LARGE: return norm(x)
+        return norm(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
-    def _is_lean(self, x: Tensor) -> bool:
-        return (x.device.type == "cpu" and not x.is_contiguous() and x.dtype != torch.float64
-                and x.is_contiguous(memory_format=torch.channels_last)
-                and not torch.compiler.is_compiling())
+
+def _is_last(x: Tensor) -> bool:
+    "Is this a CPU's map in channels-last, and in no other format as well?"
+    return (x.device.type == "cpu" and not x.is_contiguous()
+            and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _is_lean(x: Tensor, weight: Tensor) -> bool:
+    "Is the lean way the quicker one, or the one that keeps less?"
+    if not _is_last(x) or x.dtype == torch.float64 or torch.compiler.is_compiling(): return False
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return learns or x[0, 0].numel() < _LARGE and x.numel() > 2**17
 
 
 @patch
 def forward(self: GroupNorm, x: Tensor, scale: Tensor = None, shift: Tensor = None,
             plus: Tensor = None) -> Tensor:
     "As `Norm.forward`; lean on a CPU in channels-last."
-    if not self._is_lean(x): return Norm.forward(self, x, scale, shift, plus)
+    if not _is_lean(x, self.weight): return Norm.forward(self, x, scale, shift, plus)
     weight, bias = self.weight[None].float(), self.bias[None].float()
     if scale is not None:
         more = 1 + scale.float()
@@ -164,7 +180,7 @@ def forward(self: GroupNorm, x: Tensor, scale: Tensor = None, shift: Tensor = No
     plus = None if plus is None else plus.float()
     return _LeanNorm.apply(x, weight, bias, plus, self.groups, self.eps, self.act)
 
-# %% ../nbs/10_norms.ipynb #adbef216
+# %% ../nbs/10_norms.ipynb #999dd71f
 class RMSNorm(Norm):
     "Root mean square of the channels of one place (Zhang & Sennrich 2019, Eq. 4); no mean."
     def normalise(self, x: Tensor) -> Tensor:
@@ -188,7 +204,7 @@ class NoNorm(Norm):
     def normalise(self, x: Tensor) -> Tensor:
         return x*self.weight[:, None, None].to(x) + self.bias[:, None, None].to(x)
 
-# %% ../nbs/10_norms.ipynb #aa2bc261
+# %% ../nbs/10_norms.ipynb #999954c6
 def _group(channels: int, groups: int, act: bool) -> Norm: return GroupNorm(groups, channels, act)
 def _layer(channels: int, groups: int, act: bool) -> Norm: return GroupNorm(1, channels, act)
 def _instance(channels: int, groups: int, act: bool) -> Norm:
@@ -210,7 +226,7 @@ def create_norm(
     groups: int = 32,   # of group norm
     act: bool = False,  # SiLU after it?
 ) -> Norm:
-    "A norm by name. Raises ValueError for a name that is not known, and for groups that do not fit."
+    "A norm by name. Raises ValueError for an unknown name, and for groups that do not fit."
     if kind not in NORMS: raise ValueError(
         f"norm: found {kind!r}; known are {', '.join(NORMS)}: name one, or add yours to "
         "diffusion_model.norms.NORMS")
