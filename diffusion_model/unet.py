@@ -91,6 +91,8 @@ class Attention(nn.Module):
         token_channels: int = None, # of the tokens it looks at; None: it looks at the map itself
     ):
         super().__init__()
+        if channels % heads: raise ValueError(
+            f"heads: found {heads}, which does not divide {channels} channels; choose a divisor")
         self.heads, known = heads, token_channels or channels
         self.norm = create_norm(norm, channels, groups)
         self.to_q = nn.Linear(channels, channels)
@@ -171,6 +173,8 @@ class Parts(NamedTuple):
                              if self.tokens)
 
     def resized(self, channels: int, resize: Callable) -> nn.Module:
+        if self.resample not in RESAMPLERS: raise ValueError(
+            f"resample: found {self.resample!r}; known are {', '.join(RESAMPLERS)}")
         return RESAMPLERS[self.resample](self, channels, resize)
 
 # %% ../nbs/10_unet.ipynb #9e749c1e
