@@ -831,6 +831,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'diffusion_model.judge.Line.times': ('judge.html#line.times', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge.Seen': ('judge.html#seen', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._array_in': ('judge.html#_array_in', 'diffusion_model/judge.py'),
+                                       'diffusion_model.judge._as_bytes': ('judge.html#_as_bytes', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._content_of': ('judge.html#_content_of', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._digest_files': ('judge.html#_digest_files', 'diffusion_model/judge.py'),
                                        'diffusion_model.judge._headers': ('judge.html#_headers', 'diffusion_model/judge.py'),
