@@ -321,6 +321,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'diffusion_model.config._check_batches': ( 'config.html#_check_batches',
                                                                                    'diffusion_model/config.py'),
                                         'diffusion_model.config._check_betas': ('config.html#_check_betas', 'diffusion_model/config.py'),
+                                        'diffusion_model.config._check_channels': ( 'config.html#_check_channels',
+                                                                                    'diffusion_model/config.py'),
                                         'diffusion_model.config._check_labels': ('config.html#_check_labels', 'diffusion_model/config.py'),
                                         'diffusion_model.config._check_network': ( 'config.html#_check_network',
                                                                                    'diffusion_model/config.py'),
