@@ -423,6 +423,16 @@ def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
             "choose 1 (off)")
     return lines
 
+# %% ../nbs/20_config.ipynb #e3a0ebfd
+def _check_channels(data: DataConfig) -> list[str]:
+    "Pictures are grey or coloured, files may have alpha; only arrays can have any number."
+    files, pictures = data.dataset == "folder", data.dataset in KNOWN_CLASSES
+    wrong = files and data.channels > 4 or pictures and data.channels not in (1, 3)
+    if not wrong: return []
+    able = "1 to 4 (2 and 4 are with alpha)" if files else "1 (grey) or 3 (colour)"
+    return [f"data.channels: found {data.channels}; {data.dataset} has {able}: choose one of "
+            "these, or dataset 'arrays', which takes any number"]
+
 
 def _check_batches(data: DataConfig, training: TrainingConfig) -> list[str]:
     "A batch comes from the data, and a part of a batch holds an image at least."
@@ -443,7 +453,7 @@ _CLASHES = ((_check_network, ("model", "data")), (_check_signal, ("diffusion",))
             (_check_weighting, ("diffusion",)), (_check_betas, ("diffusion",)),
             (_check_sampling, ("diffusion", "sampling")),
             (_check_labels, ("model", "data", "training", "sampling")),
-            (_check_batches, ("data", "training")))
+            (_check_channels, ("data",)), (_check_batches, ("data", "training")))
 
 
 def _check_all(sections: dict) -> list[str]:

@@ -148,6 +148,9 @@ def test_the_last_override_wins():
     (["--image_size", "[32, 5000]"], "data.image_size: found [32, 5000]"),
     (["--image_size", "32x64"], "data.image_size: found '32x64'"),
     (["--image_size", "0"], "data.image_size: found 0; allowed: a whole number >= 1"),
+    (["--channels", "4"], "data.channels: found 4; CIFAR10 has 1 (grey) or 3 (colour)"),
+    (["--channels", "2", "--dataset", "shapes"], "found 2; shapes has 1 (grey) or 3 (colour)"),
+    (["--channels", "5", "--dataset", "folder"], "found 5; folder has 1 to 4"),
     (["--channels", "0"], "data.channels: found 0; allowed: a whole number >= 1"),
     (["--caption_words", "3"], "data.caption_words: found 3; allowed: a whole number >= 4"),
     (["--image_condition", "sketches"], "one of none, low_resolution, inpainting, sketch"),
@@ -160,6 +163,8 @@ def test_refused(words, says):
     {"schedule": "cosine", "timesteps": 30, "steps": 30}, {"batch_size": 8, "accumulation": 8},
     {"dataset": "shapes", "train_size": 128}, {"train_size": 5},  # CIFAR10's size is its own
     {"guidance_interval": [0, 1]}, {"timesteps": 21, "steps": 10}, {"num_classes": 10},
+    {"dataset": "folder", "channels": 4}, {"dataset": "folder", "channels": 2},
+    {"dataset": "arrays", "channels": 7}, {"dataset": "hf:x", "channels": 7},
     {"beta_start": 0.02}, {"dataset": "folder", "num_classes": 7}, {"eta": 1, "solver": "ddim"}])
 def test_the_edges_of_what_is_allowed(words): load_config("default", words)
 
