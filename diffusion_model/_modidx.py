@@ -648,7 +648,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'diffusion_model.dit.WordNorm': ('dit.html#wordnorm', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.WordNorm.__init__': ('dit.html#wordnorm.__init__', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.WordNorm.forward': ('dit.html#wordnorm.forward', 'diffusion_model/dit.py'),
-                                     'diffusion_model.dit._near': ('dit.html#_near', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit._zero': ('dit.html#_zero', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.create_dit': ('dit.html#create_dit', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.from_patches': ('dit.html#from_patches', 'diffusion_model/dit.py'),

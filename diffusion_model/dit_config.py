@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiTConfig']
 
-# %% ../nbs/11_dit_config.ipynb #6b7f0b33
+# %% ../nbs/11_dit_config.ipynb #7f246fed
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .condition_config import ConditionConfig, check_conditions
 
-# %% ../nbs/11_dit_config.ipynb #ca20e854
+# %% ../nbs/11_dit_config.ipynb #d35f0616
 class DiTConfig(BaseModel):
     "The transformer."
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
@@ -36,7 +36,7 @@ class DiTConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="compute blocks twice in training, and hold one at a time")
 
-# %% ../nbs/11_dit_config.ipynb #fb9a2e96
+# %% ../nbs/11_dit_config.ipynb #99422a3e
 def _nearest(size: int, unit: int) -> str:
     "The multiples of `unit` on both sides of `size`."
     return " or ".join(str(s) for s in (size//unit*unit, -(-size//unit)*unit) if s)
@@ -65,4 +65,4 @@ def check(
         f"model.width: found {self.width}; {self.heads} heads (model.heads), each of whose "
         f"channels are divided into four, need a multiple of {unit}: choose "
         f"{_nearest(self.width, unit)}")
-    return lines + check_conditions(self.num_classes, self.conditions)
+    return lines + check_conditions(self.num_classes, self.conditions, self.width)
