@@ -6,7 +6,7 @@
 __all__ = ['to_patches', 'from_patches', 'rope_angles', 'rotate', 'WordNorm', 'RotaryAttention', 'SwiGLU', 'hidden_units',
            'modulated', 'DiTBlock', 'Head', 'DiT', 'create_dit']
 
-# %% ../nbs/11_dit.ipynb #4f79e177
+# %% ../nbs/11_dit.ipynb #d04d96a0
 import math
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ from .denoiser import Cond
 from .dit_config import DiTConfig, _nearest
 from .unet import timestep_embedding
 
-# %% ../nbs/11_dit.ipynb #d525d697
+# %% ../nbs/11_dit.ipynb #5de50f03
 def to_patches(
     x: Tensor,  # (B, C, H, W)
     size: int,  # p, pixels a side; divides H and W
@@ -38,7 +38,7 @@ def from_patches(
     "The image that is cut into these patches: the inverse of `to_patches`."
     return F.pixel_shuffle(words.transpose(1, 2).unflatten(2, grid), size)
 
-# %% ../nbs/11_dit.ipynb #dca55ac2
+# %% ../nbs/11_dit.ipynb #9d1ed9b7
 def rope_angles(
     grid: tuple[int, int],        # rows and columns of patches
     head_dim: int,                # channels of a head; a multiple of 4
@@ -63,7 +63,7 @@ def rotate(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a*cos - b*sin, a*sin + b*cos], dim=-1).type_as(x)
 
-# %% ../nbs/11_dit.ipynb #a3b26491
+# %% ../nbs/11_dit.ipynb #bc5a5ff0
 class WordNorm(nn.Module):
     "A vector at size 1: divided by its root mean square, times a gain (Zhang & Sennrich 2019, Eq. 4)."
     def __init__(self,
@@ -75,7 +75,7 @@ class WordNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., channels)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
 
-# %% ../nbs/11_dit.ipynb #5bd8c19c
+# %% ../nbs/11_dit.ipynb #1741c452
 class RotaryAttention(nn.Module):
     "Attention of words to words, in heads, that knows how far they stand apart."
     def __init__(self,
@@ -100,7 +100,7 @@ class RotaryAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
-# %% ../nbs/11_dit.ipynb #20f2c4d3
+# %% ../nbs/11_dit.ipynb #18a0bf42
 class SwiGLU(nn.Module):
     "Two layers, the first of which opens and closes gates (Shazeer 2020, Eq. 6)."
     def __init__(self,
@@ -120,7 +120,7 @@ def hidden_units(width: int, mlp_ratio: float) -> int:
     "As many as give SwiGLU the parameters of a plain MLP of mlp_ratio·width; a multiple of 8."
     return 8*math.ceil(2*mlp_ratio*width/24)
 
-# %% ../nbs/11_dit.ipynb #3e2788fc
+# %% ../nbs/11_dit.ipynb #4f1bd4e7
 def modulated(
     x: Tensor,      # (B, words, width)
     scale: Tensor,  # (B, 1, width); 0 leaves the norm's output as it is
@@ -135,7 +135,7 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/11_dit.ipynb #a287ba7f
+# %% ../nbs/11_dit.ipynb #cb839495
 class DiTBlock(nn.Module):
     "Attention, then an MLP; the time scales, shifts and gates both (Peebles & Xie 2023, Fig. 3)."
     def __init__(self,
@@ -162,7 +162,7 @@ class DiTBlock(nn.Module):
         x = x + gate_a*self.dropout(self.attention(modulated(x, scale_a, shift_a), turn, mask))
         return x + gate_m*self.dropout(self.mlp(modulated(x, scale_m, shift_m)))
 
-# %% ../nbs/11_dit.ipynb #276227e9
+# %% ../nbs/11_dit.ipynb #2c996fff
 class Head(nn.Module):
     "From words to the numbers of patches; zero at the start."
     def __init__(self,
@@ -178,7 +178,7 @@ class Head(nn.Module):
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=-1)
         return self.to_patch(modulated(x, scale, shift))
 
-# %% ../nbs/11_dit.ipynb #73a17b9c
+# %% ../nbs/11_dit.ipynb #03d09a9c
 _WAVES = 256  # sines and cosines of the time, before its MLP
 
 
@@ -209,7 +209,7 @@ class DiT(nn.Module):
         self.head = Head(width, time, channels*patch_size**2)
         self._start()
 
-# %% ../nbs/11_dit.ipynb #44f50212
+# %% ../nbs/11_dit.ipynb #17c11ea0
 @patch
 def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
     "What reads the time, the conditions and the patches."
@@ -232,7 +232,7 @@ def _start(self: DiT) -> None:
     for part in (*self.blocks, self.head): _zero(part.modulation)
     _zero(self.head.to_patch)
 
-# %% ../nbs/11_dit.ipynb #3c3edf8a
+# %% ../nbs/11_dit.ipynb #b1b89941
 @patch
 def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
     "What reads the time, the conditions and the patches."
@@ -255,7 +255,7 @@ def _start(self: DiT) -> None:
     for part in (*self.blocks, self.head): _zero(part.modulation)
     _zero(self.head.to_patch)
 
-# %% ../nbs/11_dit.ipynb #d6da695a
+# %% ../nbs/11_dit.ipynb #2745c536
 @patch
 def forward(self: DiT,
     x: Tensor,          # (B, C, H, W) noisy images
@@ -294,7 +294,7 @@ def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
             block(words, emb, turn, mask)
     return self.head(words[:, :n], emb)
 
-# %% ../nbs/11_dit.ipynb #e2b5823e
+# %% ../nbs/11_dit.ipynb #b7e6c489
 @patch
 def forward(self: DiT,
     x: Tensor,          # (B, C, H, W) noisy images
@@ -333,7 +333,7 @@ def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
             block(words, emb, turn, mask)
     return self.head(words[:, :n], emb)
 
-# %% ../nbs/11_dit.ipynb #b486e59d
+# %% ../nbs/11_dit.ipynb #dd9323ee
 @patch
 def forward(self: DiT,
     x: Tensor,          # (B, C, H, W) noisy images
@@ -372,7 +372,7 @@ def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
             block(words, emb, turn, mask)
     return self.head(words[:, :n], emb)
 
-# %% ../nbs/11_dit.ipynb #1b62bf17
+# %% ../nbs/11_dit.ipynb #f82c623b
 @patch
 def _turn(self: DiT, grid, extra: int, device) -> tuple[Tensor, Tensor]:
     "RoPE's cosines and sines, computed once for each size."
@@ -398,7 +398,7 @@ def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
         "(model.pad: true)")
     self.conditions.check(cond, len(x), x.shape[2:])
 
-# %% ../nbs/11_dit.ipynb #72b1ae6c
+# %% ../nbs/11_dit.ipynb #488236f7
 @patch
 def _turn(self: DiT, grid, extra: int, device) -> tuple[Tensor, Tensor]:
     "RoPE's cosines and sines, computed once for each size."
@@ -424,7 +424,7 @@ def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
         "(model.pad: true)")
     self.conditions.check(cond, len(x), x.shape[2:])
 
-# %% ../nbs/11_dit.ipynb #3452d549
+# %% ../nbs/11_dit.ipynb #5ec8900e
 def create_dit(
     model: DiTConfig,  # or any object with its fields
     shape: tuple,      # (C, H, W) of what it is to be shown
