@@ -6,7 +6,7 @@
 __all__ = ['to_patches', 'from_patches', 'rope_angles', 'rotate', 'WordNorm', 'RotaryAttention', 'SwiGLU', 'hidden_units',
            'modulated', 'DiTBlock', 'Head', 'DiT', 'create_dit']
 
-# %% ../nbs/11_dit.ipynb #d04d96a0
+# %% ../nbs/11_dit.ipynb #4eba3e94
 import math
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ from .denoiser import Cond
 from .dit_config import DiTConfig, _nearest
 from .unet import timestep_embedding
 
-# %% ../nbs/11_dit.ipynb #5de50f03
+# %% ../nbs/11_dit.ipynb #3f34c45d
 def to_patches(
     x: Tensor,  # (B, C, H, W)
     size: int,  # p, pixels a side; divides H and W
@@ -38,7 +38,7 @@ def from_patches(
     "The image that is cut into these patches: the inverse of `to_patches`."
     return F.pixel_shuffle(words.transpose(1, 2).unflatten(2, grid), size)
 
-# %% ../nbs/11_dit.ipynb #9d1ed9b7
+# %% ../nbs/11_dit.ipynb #8bf322ca
 def rope_angles(
     grid: tuple[int, int],        # rows and columns of patches
     head_dim: int,                # channels of a head; a multiple of 4
@@ -46,7 +46,7 @@ def rope_angles(
     base: float = 100.,           # the slowest wave is nearly this much slower than the fastest
     device: torch.device = None,
 ) -> Tensor:                      # (rows·columns + extra, head_dim/2) float32, in radians
-    "The angle by which each pair of channels is turned at each place: first the rows', then columns'."
+    "The angles by which pairs of channels are turned: the first half by row, the second by column."
     pairs = head_dim//4
     omega = base**(-torch.arange(pairs, dtype=torch.float32, device=device)/pairs)
     row, column = (torch.arange(n, device=device)[:, None]*omega for n in grid)
@@ -63,9 +63,9 @@ def rotate(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a*cos - b*sin, a*sin + b*cos], dim=-1).type_as(x)
 
-# %% ../nbs/11_dit.ipynb #bc5a5ff0
+# %% ../nbs/11_dit.ipynb #15477470
 class WordNorm(nn.Module):
-    "A vector at size 1: divided by its root mean square, times a gain (Zhang & Sennrich 2019, Eq. 4)."
+    "RMS norm: divided by the root mean square, times a gain (Zhang & Sennrich 2019, Eq. 4)."
     def __init__(self,
         channels: int,  # of the vector
     ):
@@ -75,7 +75,7 @@ class WordNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., channels)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
 
-# %% ../nbs/11_dit.ipynb #1741c452
+# %% ../nbs/11_dit.ipynb #e476e027
 class RotaryAttention(nn.Module):
     "Attention of words to words, in heads, that knows how far they stand apart."
     def __init__(self,
@@ -100,7 +100,7 @@ class RotaryAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
-# %% ../nbs/11_dit.ipynb #18a0bf42
+# %% ../nbs/11_dit.ipynb #c4e0bb51
 class SwiGLU(nn.Module):
     "Two layers, the first of which opens and closes gates (Shazeer 2020, Eq. 6)."
     def __init__(self,
@@ -120,7 +120,7 @@ def hidden_units(width: int, mlp_ratio: float) -> int:
     "As many as give SwiGLU the parameters of a plain MLP of mlp_ratio·width; a multiple of 8."
     return 8*math.ceil(2*mlp_ratio*width/24)
 
-# %% ../nbs/11_dit.ipynb #4f1bd4e7
+# %% ../nbs/11_dit.ipynb #51a02dee
 def modulated(
     x: Tensor,      # (B, words, width)
     scale: Tensor,  # (B, 1, width); 0 leaves the norm's output as it is
@@ -135,7 +135,7 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/11_dit.ipynb #cb839495
+# %% ../nbs/11_dit.ipynb #f7947854
 class DiTBlock(nn.Module):
     "Attention, then an MLP; the time scales, shifts and gates both (Peebles & Xie 2023, Fig. 3)."
     def __init__(self,
@@ -162,7 +162,7 @@ class DiTBlock(nn.Module):
         x = x + gate_a*self.dropout(self.attention(modulated(x, scale_a, shift_a), turn, mask))
         return x + gate_m*self.dropout(self.mlp(modulated(x, scale_m, shift_m)))
 
-# %% ../nbs/11_dit.ipynb #2c996fff
+# %% ../nbs/11_dit.ipynb #04ed1097
 class Head(nn.Module):
     "From words to the numbers of patches; zero at the start."
     def __init__(self,
@@ -178,7 +178,7 @@ class Head(nn.Module):
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=-1)
         return self.to_patch(modulated(x, scale, shift))
 
-# %% ../nbs/11_dit.ipynb #03d09a9c
+# %% ../nbs/11_dit.ipynb #c9ff541d
 _WAVES = 256  # sines and cosines of the time, before its MLP
 
 
@@ -209,7 +209,7 @@ class DiT(nn.Module):
         self.head = Head(width, time, channels*patch_size**2)
         self._start()
 
-# %% ../nbs/11_dit.ipynb #17c11ea0
+# %% ../nbs/11_dit.ipynb #ee9798de
 @patch
 def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
     "What reads the time, the conditions and the patches."
@@ -220,7 +220,7 @@ def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
     self.embed = nn.Linear(numbers, width) if bottleneck is None else nn.Sequential(
         nn.Linear(numbers, bottleneck, bias=False), nn.Linear(bottleneck, width))
 
-
+# %% ../nbs/11_dit.ipynb #74c97ece
 @patch
 def _start(self: DiT) -> None:
     "Weights to begin with: Xavier's for all layers but those that begin at zero."
@@ -232,30 +232,7 @@ def _start(self: DiT) -> None:
     for part in (*self.blocks, self.head): _zero(part.modulation)
     _zero(self.head.to_patch)
 
-# %% ../nbs/11_dit.ipynb #b1b89941
-@patch
-def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
-    "What reads the time, the conditions and the patches."
-    self.time_mlp = nn.Sequential(nn.Linear(_WAVES, time), nn.SiLU(), nn.Linear(time, time))
-    self.conditions = Conditions(num_classes, conditions, time, width)
-    self.num_classes, self.null_cond = self.conditions.num_classes, self.conditions.null_cond
-    numbers = (self.channels + self.conditions.image_channels)*self.patch_size**2
-    self.embed = nn.Linear(numbers, width) if bottleneck is None else nn.Sequential(
-        nn.Linear(numbers, bottleneck, bias=False), nn.Linear(bottleneck, width))
-
-
-@patch
-def _start(self: DiT) -> None:
-    "Weights to begin with: Xavier's for all layers but those that begin at zero."
-    for part in (self.time_mlp, self.embed, self.blocks):
-        for layer in part.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None: nn.init.zeros_(layer.bias)
-    for part in (*self.blocks, self.head): _zero(part.modulation)
-    _zero(self.head.to_patch)
-
-# %% ../nbs/11_dit.ipynb #2745c536
+# %% ../nbs/11_dit.ipynb #87ba1720
 @patch
 def forward(self: DiT,
     x: Tensor,          # (B, C, H, W) noisy images
@@ -275,7 +252,7 @@ def forward(self: DiT,
     out = self._answer(words, n, F.silu(emb), self._turn(grid, words.shape[1] - n, x.device), mask)
     return from_patches(out, self.patch_size, grid)[..., :x.shape[2], :x.shape[3]]
 
-
+# %% ../nbs/11_dit.ipynb #8d1123b2
 @patch
 def _words(self: DiT, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     "The image's words, and how many rows and columns of them there are."
@@ -284,7 +261,7 @@ def _words(self: DiT, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     grid = x.shape[2]//self.patch_size, x.shape[3]//self.patch_size
     return self.embed(to_patches(x, self.patch_size)), grid
 
-
+# %% ../nbs/11_dit.ipynb #82abc1bd
 @patch
 def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
     "The blocks, and what the head reads from the first n words."
@@ -294,85 +271,7 @@ def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
             block(words, emb, turn, mask)
     return self.head(words[:, :n], emb)
 
-# %% ../nbs/11_dit.ipynb #b7e6c489
-@patch
-def forward(self: DiT,
-    x: Tensor,          # (B, C, H, W) noisy images
-    t: Tensor,          # (B,) or () times, as the schedule's `network_time` gives them
-    cond: Cond = None,  # what `conditions` takes
-) -> Tensor:            # (B, C, H, W)
-    "The answer of the network. Raises ValueError for images and conditions that do not fit."
-    self._check_input(x, cond)
-    given = self.conditions(cond)
-    emb = self.time_mlp(timestep_embedding(t.expand(len(x)), _WAVES))
-    if given.vector is not None: emb = emb + given.vector
-    words, grid = self._words(x if given.images is None else torch.cat([x, given.images], 1))
-    n, mask = words.shape[1], None
-    if given.tokens is not None:
-        words = torch.cat([words, given.tokens.to(words.dtype)], dim=1)
-        mask = F.pad(given.mask, (n, 0), value=True)[:, None, None]
-    out = self._answer(words, n, F.silu(emb), self._turn(grid, words.shape[1] - n, x.device), mask)
-    return from_patches(out, self.patch_size, grid)[..., :x.shape[2], :x.shape[3]]
-
-
-@patch
-def _words(self: DiT, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    "The image's words, and how many rows and columns of them there are."
-    below, right = (-size % self.patch_size for size in x.shape[2:])
-    if below or right: x = F.pad(x, (0, right, 0, below))
-    grid = x.shape[2]//self.patch_size, x.shape[3]//self.patch_size
-    return self.embed(to_patches(x, self.patch_size)), grid
-
-
-@patch
-def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
-    "The blocks, and what the head reads from the first n words."
-    held = self.gradient_checkpointing and torch.is_grad_enabled()
-    for block in self.blocks:
-        words = checkpoint(block, words, emb, turn, mask, use_reentrant=False) if held else \
-            block(words, emb, turn, mask)
-    return self.head(words[:, :n], emb)
-
-# %% ../nbs/11_dit.ipynb #dd9323ee
-@patch
-def forward(self: DiT,
-    x: Tensor,          # (B, C, H, W) noisy images
-    t: Tensor,          # (B,) or () times, as the schedule's `network_time` gives them
-    cond: Cond = None,  # what `conditions` takes
-) -> Tensor:            # (B, C, H, W)
-    "The answer of the network. Raises ValueError for images and conditions that do not fit."
-    self._check_input(x, cond)
-    given = self.conditions(cond)
-    emb = self.time_mlp(timestep_embedding(t.expand(len(x)), _WAVES))
-    if given.vector is not None: emb = emb + given.vector
-    words, grid = self._words(x if given.images is None else torch.cat([x, given.images], 1))
-    n, mask = words.shape[1], None
-    if given.tokens is not None:
-        words = torch.cat([words, given.tokens.to(words.dtype)], dim=1)
-        mask = F.pad(given.mask, (n, 0), value=True)[:, None, None]
-    out = self._answer(words, n, F.silu(emb), self._turn(grid, words.shape[1] - n, x.device), mask)
-    return from_patches(out, self.patch_size, grid)[..., :x.shape[2], :x.shape[3]]
-
-
-@patch
-def _words(self: DiT, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    "The image's words, and how many rows and columns of them there are."
-    below, right = (-size % self.patch_size for size in x.shape[2:])
-    if below or right: x = F.pad(x, (0, right, 0, below))
-    grid = x.shape[2]//self.patch_size, x.shape[3]//self.patch_size
-    return self.embed(to_patches(x, self.patch_size)), grid
-
-
-@patch
-def _answer(self: DiT, words, n, emb, turn, mask) -> Tensor:
-    "The blocks, and what the head reads from the first n words."
-    held = self.gradient_checkpointing and torch.is_grad_enabled()
-    for block in self.blocks:
-        words = checkpoint(block, words, emb, turn, mask, use_reentrant=False) if held else \
-            block(words, emb, turn, mask)
-    return self.head(words[:, :n], emb)
-
-# %% ../nbs/11_dit.ipynb #f82c623b
+# %% ../nbs/11_dit.ipynb #692b67ce
 @patch
 def _turn(self: DiT, grid, extra: int, device) -> tuple[Tensor, Tensor]:
     "RoPE's cosines and sines, computed once for each size."
@@ -385,7 +284,7 @@ def _turn(self: DiT, grid, extra: int, device) -> tuple[Tensor, Tensor]:
     if type(angles) is Tensor: self._turns[key] = turn  # and not shapes without numbers
     return turn
 
-
+# %% ../nbs/11_dit.ipynb #36f40292
 @patch
 def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
     if x.ndim != 4 or x.shape[1] != self.channels: raise ValueError(
@@ -398,33 +297,7 @@ def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
         "(model.pad: true)")
     self.conditions.check(cond, len(x), x.shape[2:])
 
-# %% ../nbs/11_dit.ipynb #488236f7
-@patch
-def _turn(self: DiT, grid, extra: int, device) -> tuple[Tensor, Tensor]:
-    "RoPE's cosines and sines, computed once for each size."
-    key = (*grid, extra, device)
-    if key in self._turns: return self._turns[key]
-    with torch.inference_mode(False):  # what sampling keeps, training may use
-        angles = rope_angles(grid, self.blocks[0].attention.norm_q.weight.numel(), extra,
-                             device=device)
-        turn = angles.cos(), angles.sin()
-    if type(angles) is Tensor: self._turns[key] = turn  # and not shapes without numbers
-    return turn
-
-
-@patch
-def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
-    if x.ndim != 4 or x.shape[1] != self.channels: raise ValueError(
-        f"images of shape {tuple(x.shape)}: this transformer takes (batch, {self.channels}, "
-        "height, width)")
-    wrong, p = [s for s in x.shape[2:] if s % self.patch_size], self.patch_size
-    if wrong and not self.pad: raise ValueError(
-        f"image size {wrong[0]}: this transformer cuts images into patches of {p}, so sizes are "
-        f"multiples of {p}; the nearest: {_nearest(wrong[0], p)}. Resize (data.image_size), or pad "
-        "(model.pad: true)")
-    self.conditions.check(cond, len(x), x.shape[2:])
-
-# %% ../nbs/11_dit.ipynb #5ec8900e
+# %% ../nbs/11_dit.ipynb #97b0bf96
 def create_dit(
     model: DiTConfig,  # or any object with its fields
     shape: tuple,      # (C, H, W) of what it is to be shown

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiTConfig']
 
-# %% ../nbs/11_dit_config.ipynb #e66d49bc
+# %% ../nbs/11_dit_config.ipynb #2e0a1dbb
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .condition_config import ConditionConfig, check_conditions
 
-# %% ../nbs/11_dit_config.ipynb #f1d35658
+# %% ../nbs/11_dit_config.ipynb #572aa757
 class DiTConfig(BaseModel):
     "The transformer."
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
@@ -36,7 +36,7 @@ class DiTConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="compute blocks twice in training, and hold one at a time")
 
-# %% ../nbs/11_dit_config.ipynb #118b1d94
+# %% ../nbs/11_dit_config.ipynb #ae410521
 def _nearest(size: int, unit: int) -> str:
     "The multiples of `unit` on both sides of `size`."
     return " or ".join(str(s) for s in (size//unit*unit, -(-size//unit)*unit) if s)
