@@ -32,6 +32,7 @@ TESTS = {
     "scheduler": CORE, "denoiser": CORE, "oracle": CORE, "guidance": CORE, "editing": CORE,
     "sampler": [*CORE, "test_parity.py"], "solvers": [*CORE, "test_parity.py"],
     "unet_config": ["test_config.py", "faults/test_fields.py", "test_unet.py"],
+    "dit_config": ["test_dit.py"],
     "networks": ["test_config.py", "test_unet.py", "test_registries.py"],
     "config": ["faults/test_fields.py", "test_cli.py"],
     "transforms": ["faults/test_images.py"],
