@@ -18,7 +18,7 @@ setup: $(READY)  ## Make .venv and install the package with its extras (quick th
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"diffusion_model needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}. Name another: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb,hf]'
 	@touch $@
 
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples

@@ -4,25 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'IMAGE_SUFFIXES', 'DATASETS', 'SIGNALS', 'draw_shapes', 'Shapes', 'Batch', 'ImageSet',
-           'Datasets', 'ArraySource', 'LazySource', 'read_image', 'list_images', 'scan_folder', 'split_train',
-           'create_dataset', 'describe_data', 'compare_data', 'sample_indices', 'PositionLoader', 'create_loader']
+           'Datasets', 'labels_of', 'ArraySource', 'LazySource', 'read_image', 'list_images', 'scan_folder',
+           'split_train', 'cut_parts', 'create_dataset', 'describe_data', 'compare_data', 'sample_indices',
+           'PositionLoader', 'create_loader']
 
 # %% ../nbs/23_dataset.ipynb #a7fb1e9a
-import collections
-import contextlib
-import difflib
-import functools
-import hashlib
-import inspect
-import itertools
-import math
-import multiprocessing
-import os
-import signal
-import stat
-import threading
-import traceback
-import warnings
+import collections, contextlib, difflib, functools, hashlib, inspect, itertools, math
+import multiprocessing, os, signal, stat, threading, traceback, warnings
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -34,9 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .captions import Vocabulary, read_captions
 from .counters import counter_uniform, permutation
 from .denoiser import Cond, map_cond
-from .transforms import Transform, create_transform
+from .sources import (
+    ArrayImages, Found, HubImages, conditions, create_image_condition, find_columns, found_in,
+    hub_conditions, open_arrays, open_hub)
+from .transforms import Transform, create_transform, height_width
 
 # %% ../nbs/23_dataset.ipynb #af8103b9
 def _disc(x, y): return torch.hypot(x, y) - 0.92
@@ -78,44 +70,45 @@ PALETTE = torch.tensor([[214, 40, 57], [222, 100, 12], [198, 124, 0], [44, 145, 
                         [0, 138, 150], [36, 98, 214], [118, 62, 196], [208, 52, 140]])/255
 
 # %% ../nbs/23_dataset.ipynb #3c1c2094
-def _places(u: Tensor, size: int):  # x, y (n, size, size), and radius (n, 1, 1)
+def _places(u: Tensor, high: int, wide: int):  # x, y (n, high, wide), and radius (n, 1, 1)
     "Each pixel's place, seen from a figure of radius 1 that stands upright."
     radius = 0.62 + 0.22*u[:, 0]
     room = (0.97 - radius).clamp(max=0.2)
     turn = 0.5*(u[:, 1] - 0.5)
     centre = (2*u[:, 2:4] - 1)*room[:, None]
-    pixel = (torch.arange(size) + 0.5)*(2/size) - 1
-    x = pixel[None, None, :] - centre[:, 0, None, None]
-    y = pixel[None, :, None] - centre[:, 1, None, None]
+    short = min(high, wide)  # of the frame goes from -1 to 1, the longer side beyond
+    pixels = [(torch.arange(n) + 0.5)*(2/short) - n/short for n in (wide, high)]
+    x = pixels[0][None, None, :] - centre[:, 0, None, None]
+    y = pixels[1][None, :, None] - centre[:, 1, None, None]
     c, s = ((f(turn)/radius)[:, None, None] for f in (torch.cos, torch.sin))
     return c*x + s*y, c*y - s*x, radius[:, None, None]
 
 # %% ../nbs/23_dataset.ipynb #5d9ca9e3
-def _grounds(u: Tensor, size: int) -> Tensor:  # (n, 3, size, size) in [0, 1]
+def _grounds(u: Tensor, high: int, wide: int) -> Tensor:  # (n, 3, high, wide) in [0, 1]
     "Soft backgrounds: a tint of any hue, a little lighter towards the top."
     hue = (u[:, :1] + torch.tensor([0., 1/3, 2/3]))*2*math.pi
     level = 0.93 + hue.cos()*0.04
-    fall = torch.linspace(0.03, -0.03, size)
-    return (level[:, :, None] + fall)[..., None].expand(-1, -1, -1, size)
+    fall = torch.linspace(0.03, -0.03, high)
+    return (level[:, :, None] + fall)[..., None].expand(-1, -1, -1, wide)
 
 # %% ../nbs/23_dataset.ipynb #1ffb8bc0
 def draw_shapes(
     seed: int,
     indices: Tensor,       # (n,) int64: which images; the class is index modulo 8
-    image_size: int = 32,  # pixels
-) -> tuple[Tensor, Tensor]:  # uint8 (n, 3, size, size), int64 (n,)
+    image_size: int | tuple[int, int] = 32,  # pixels: the side of a square, or (height, width)
+) -> tuple[Tensor, Tensor]:  # uint8 (n, 3, height, width), int64 (n,)
     "Draw images: each is a function of (seed, index) alone."
-    indices = torch.as_tensor(indices).long()
+    indices, (high, wide) = torch.as_tensor(indices).long(), height_width(image_size)
     labels = indices % len(FIGURES)
     u = counter_uniform(seed, "shapes", indices, 6)
-    x, y, radius = _places(u[:, :4], image_size)
+    x, y, radius = _places(u[:, :4], high, wide)
     distance = torch.empty_like(x)
     for k, figure in enumerate(FIGURES.values()):
         mine = (labels == k).nonzero()[:, 0]
         if len(mine): distance[mine] = figure(x[mine], y[mine])
-    cover = (0.5 - distance*radius*(image_size/2)).clamp(0, 1)[:, None]
+    cover = (0.5 - distance*radius*(min(high, wide)/2)).clamp(0, 1)[:, None]
     colour = PALETTE[(u[:, 4]*len(PALETTE)).long()][..., None, None]
-    image = torch.lerp(_grounds(u[:, 5:], image_size), colour, cover)
+    image = torch.lerp(_grounds(u[:, 5:], high, wide), colour, cover)
     return (image*255).round().to(torch.uint8), labels
 
 # %% ../nbs/23_dataset.ipynb #4331128b
@@ -126,7 +119,7 @@ class Shapes(Dataset):
     def __init__(
         self,
         size: int = 50_000,     # images
-        image_size: int = 32,   # pixels
+        image_size: int | tuple[int, int] = 32,  # pixels
         seed: int = 0,
         split: str = "train",   # "train", "validation" or "test"
     ):
@@ -196,6 +189,8 @@ class ImageSet(Dataset):
         self.source, self.transform = source, transform
         self.indices = torch.arange(len(source)) if indices is None else indices
         self.classes = source.classes
+        self.image_condition = None  # function(images, positions) -> images, of `create_dataset`
+        self.prepared = None, None   # by which transform, and what; see `ready`
 
 # %% ../nbs/23_dataset.ipynb #bc936054
 def _as_cond(cond, n: int) -> Cond:  # None, a tensor (n, ...), or a dict of them
@@ -220,13 +215,26 @@ def batch(
     "Many images at once."
     indices = torch.as_tensor(indices)
     positions = indices if positions is None else positions
-    images, cond = self.source.read(self.indices[indices])
-    if isinstance(images, Tensor): images = self.transform.prepare(images)
-    else:
+    images, cond = self._read(indices)
+    if not isinstance(images, Tensor):
         there = torch.tensor([x is not None for x in images], dtype=torch.bool)
         images = [x for x in images if x is not None]
         cond, positions = map_cond(lambda c: c[there], cond), positions[there]
-    return Batch(self.transform.augment(images, positions), cond, positions)
+    x = self.transform.augment(images, positions)
+    if self.image_condition is not None:
+        named = cond if isinstance(cond, dict) else {} if cond is None else {"label": cond}
+        cond = named | {"image": self.image_condition(x, positions)}
+    return Batch(x, cond, positions)
+
+# %% ../nbs/23_dataset.ipynb #1c0360fc
+@patch
+def _read(self: ImageSet, indices: Tensor):  # a tensor or a list of prepared images, and cond
+    by, images = self.prepared
+    mine = self.indices[indices]
+    if by is not None and by is self.transform:
+        return images[indices], map_cond(lambda c: c[mine], self.source.cond)
+    images, cond = self.source.read(mine)
+    return (self.transform.prepare(images) if isinstance(images, Tensor) else images), cond
 
 
 @patch
@@ -242,13 +250,21 @@ class Datasets(NamedTuple):
     validation: ImageSet
     test: ImageSet
     classes: list | None  # names in the order of the labels; None: no labels
+    vocabulary: Vocabulary | None = None  # of the captions; None: there are none
+
+
+def labels_of(cond: Cond) -> Tensor | None:  # int64 (B,); None: there are no labels
+    "The labels in a condition: its own if it is a plain one, or those called 'label' in a dict."
+    label = cond.get("label") if isinstance(cond, dict) else cond
+    plain = isinstance(label, Tensor) and label.ndim == 1 and label.dtype == torch.int64
+    return label if plain else None
 
 # %% ../nbs/23_dataset.ipynb #203f0016
 class ArraySource:
-    "Images that lie in memory as one array of bytes."
+    "Images that lie in memory as one array."
     def __init__(
         self,
-        images: Tensor,  # uint8 (N, C, H, W)
+        images: Tensor | ArrayImages,  # uint8 (N, C, H, W), or float32 in [0, 1]
         cond: Any = None,  # N labels, N vectors, a dict of such, or None
         classes: list[str] | None = None,  # names of the labels
     ):
@@ -258,6 +274,21 @@ class ArraySource:
 
     def read(self, indices: Tensor):
         return self.images[indices], map_cond(lambda c: c[indices], self.cond)
+
+# %% ../nbs/23_dataset.ipynb #0660f73c
+@patch
+def ready(
+    self: ImageSet,
+    most: int = 2**30,  # bytes; what would be larger is prepared batch by batch
+):
+    "Prepare a whole array once, if that changes it."
+    if self.prepared[0] is self.transform or not isinstance(self.source, ArraySource): return
+    if not len(self): return
+    before = self.source.images[self.indices[:1]]
+    after = self.transform.prepare(before)
+    if after.shape == before.shape or after.nbytes*len(self) > most: return
+    parts = (self.source.images[some] for some in self.indices.split(1024))
+    self.prepared = self.transform, torch.cat([self.transform.prepare(x) for x in parts])
 
 # %% ../nbs/23_dataset.ipynb #14f51e3b
 class LazySource:
@@ -288,8 +319,8 @@ def _image(self: LazySource, i: int) -> Tensor | None:  # None: left out
         self.cache[i] = None
         return None
     worker = get_worker_info()
-    if self.kept + image.numel() <= self.keep//(worker.num_workers if worker else 1):
-        self.kept += image.numel()
+    if self.kept + image.nbytes <= self.keep//(worker.num_workers if worker else 1):
+        self.kept += image.nbytes
         self.cache[i] = image
     return image
 
@@ -431,23 +462,29 @@ class _File:
 
     def __call__(self, i): return read_image(self.paths[i], self.transform.prepare)
 
+# %% ../nbs/23_dataset.ipynb #770828fc
+def _is_small(width: int, height: int, size) -> bool:
+    "Is an image enlarged to more than twice its size?"
+    high, wide = height_width(size)
+    return 2*height < high or 2*width < wide
 
-def _warn_of_small(small: list, looked: int, size: int):
+
+def _warn_of_small(small: list, looked: int, size):
     "What is enlarged much is blurred, and a network learns the blur."
+    high, wide = height_width(size)
     if small: warnings.warn(
         f"data.image_size: {len(small)} of {looked} images are enlarged to more than twice their "
-        f"size, to {size} pixels ({_some(dict.fromkeys(small))}): choose a smaller "
-        "data.image_size, "
-        "or remove them")
+        f"size, to {size if high == wide else f'{wide}×{high}'} pixels "
+        f"({_some(dict.fromkeys(small))}): choose a smaller data.image_size, or remove them")
 
 
-def _small_files(paths: list, size: int) -> list[str]:
-    "Name and size of each image whose shorter side is less than half of `size`; bad files pass."
+def _small_files(paths: list, size) -> list[str]:
+    "Name and size of each image that is less than half as high or wide as `size`; bad files pass."
     small = []
     for path in filter(Path.is_file, paths):
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             with Image.open(path) as image: width, height = image.size
-            if 2*min(width, height) < size: small.append(f"{path.name}: {width}×{height}")
+            if _is_small(width, height, size): small.append(f"{path.name}: {width}×{height}")
     return small
 
 # %% ../nbs/23_dataset.ipynb #750f40a5
@@ -461,14 +498,16 @@ def _folder(data) -> Datasets:
     some = paths[::-(-n//500)]  # of a large folder not all, for opening them takes time
     _warn_of_small(_small_files(some, data.image_size), len(some), data.image_size)
     order = _by_name(paths, root, data.data_seed)
-    parts = order[2*held:], order[:held], order[held:2*held]
+    parts = [p.sort().values for p in (order[2*held:], order[:held], order[held:2*held])]
+    told = Found(labels, classes, read_captions(root, paths))
+    cond, vocabulary = conditions(told, parts[0], data)
     sets = []
     for k, part in enumerate(parts):
         transform = create_transform(data, train=k == 0)
-        source = LazySource(_File(paths, root, transform), n, labels, classes,
+        source = LazySource(_File(paths, root, transform), n, cond, classes,
                             skip=data.bad_images == "skip")
-        sets.append(ImageSet(source, transform, part.sort().values))
-    return Datasets(*sets, classes)
+        sets.append(ImageSet(source, transform, part))
+    return Datasets(*sets, classes, vocabulary)
 
 # %% ../nbs/23_dataset.ipynb #ce2dab08
 def _torchvision_class(name: str):
@@ -609,22 +648,81 @@ def _torchvision(data) -> Datasets:
     held = source if isinstance(source, ArraySource) else _source(ds, plain, skip)
     test = _source(_torchvision_part(data, train=False), plain, skip)
     if isinstance(source, ArraySource):
-        height, width = source.images.shape[-2:]
-        small = [f"{width}×{height}"]*len(source) if 2*min(height, width) < data.image_size else []
-        _warn_of_small(small, len(source), data.image_size)
+        _warn_of_small_array(*source.images.shape[-2:], len(source), data.image_size)
     return Datasets(ImageSet(source, augmented, train), ImageSet(held, plain, validation),
                     ImageSet(test, plain), source.classes)
 
+# %% ../nbs/23_dataset.ipynb #499e4be2
+def _warn_of_small_array(height: int, width: int, n: int, size):
+    _warn_of_small([f"{width}×{height}"]*n if _is_small(width, height, size) else [], n, size)
+
+
+def cut_parts(
+    n: int, fraction: float, seed: int,
+    parts: tuple[str, ...],   # that are to be cut off
+) -> dict[str, Tensor]:       # those, of `fraction` each, and "train": what is left
+    "A fixed permutation of n images, cut; `split_train` for one part. Raises `ValueError`."
+    held = max(1, round(fraction*n))
+    if n <= held*len(parts): raise ValueError(
+        f"data: found {n} images; training and {' and '.join(parts) or 'nothing else'} need at "
+        f"least {len(parts) + 1}")
+    order = permutation(seed, -1, n)
+    found = {part: order[k*held:(k + 1)*held] for k, part in enumerate(parts)}
+    found["train"] = order[held*len(parts):]
+    return {part: indices.sort().values for part, indices in found.items()}
+
+
+def _arrays(data) -> Datasets:
+    arrays = open_arrays(data.root)
+    images = ArrayImages(arrays["images"], data.channels, str(data.root))
+    _warn_of_small_array(*images.size, len(images), data.image_size)
+    told = found_in(arrays, str(data.root))
+    parts = cut_parts(len(images), data.validation_fraction, data.data_seed, ("validation", "test"))
+    cond, vocabulary = conditions(told, parts["train"], data)
+    source = ArraySource(images, cond, told.classes)
+    sets = [ImageSet(source, create_transform(data, part == "train"), parts[part])
+            for part in ("train", "validation", "test")]
+    return Datasets(*sets, told.classes, vocabulary)
+
+# %% ../nbs/23_dataset.ipynb #7ad35867
+def _hub(data) -> Datasets:
+    "Of Hugging Face's library; parts that it lacks are cut from its training part."
+    found, skip = open_hub(data), data.bad_images == "skip"
+    columns = find_columns(found["train"].features, data)
+    lacks = tuple(part for part in ("validation", "test") if part not in found)
+    parts = cut_parts(len(found["train"]), data.validation_fraction, data.data_seed, lacks)
+    classes = vocabulary = None
+    sets = {}
+    for part in ("train", "validation", "test"):
+        ds = found.get(part, found["train"])
+        told = hub_conditions(ds, columns, classes)
+        classes = told.classes
+        cond, vocabulary = conditions(told, parts["train"], data, vocabulary)
+        transform = create_transform(data, part == "train")
+        images = HubImages(ds, columns["image"], transform, data.dataset)
+        source = LazySource(images, len(ds), cond, classes, skip=skip)
+        sets[part] = ImageSet(source, transform, parts.get(part))
+    return Datasets(**sets, classes=classes, vocabulary=vocabulary)
+
 # %% ../nbs/23_dataset.ipynb #339afd0f
-#: name -> function(data) -> Datasets; other names are torchvision's
-DATASETS = {"shapes": _shapes, "folder": _folder}
+#: name -> function(data) -> Datasets; hf:… is Hugging Face's, other names are torchvision's
+DATASETS = {"shapes": _shapes, "folder": _folder, "arrays": _arrays}
 
 
 def create_dataset(
     data: Any,     # a `DataConfig`, or anything with its fields
-) -> Datasets:     # train, validation, test, classes
+) -> Datasets:     # train, validation, test, classes, vocabulary
     "The three sets that a config describes."
-    return DATASETS.get(data.dataset, _torchvision)(data)
+    other = _hub if data.dataset.startswith("hf:") else _torchvision
+    sets, made = DATASETS.get(data.dataset, other)(data), create_image_condition(data)
+    if made is None: return sets
+    for images in sets[:3]:
+        cond = getattr(images.source, "cond", None)
+        if isinstance(cond, dict) and "image" in cond: raise ValueError(
+            f"data.image_condition: found {data.image_condition!r}, but the data has a condition "
+            "named image already: choose none")
+        images.image_condition = made
+    return sets
 
 # %% ../nbs/23_dataset.ipynb #08d343f2
 def _digest(lines) -> str:
@@ -652,6 +750,7 @@ def describe(self: Shapes, indices: Tensor) -> dict:
 def describe(self: ArraySource, indices: Tensor) -> dict:
     "A hash of these images and their conditions."
     pieces = (self.images[part].numpy().tobytes() for part in indices.split(1024))
+    if isinstance(self.images, ArrayImages): pieces = self.images.pieces(indices)
     return {"digest": _digest(itertools.chain(pieces, _cond_bytes(self.cond, indices)))}
 
 
@@ -682,7 +781,8 @@ def describe_data(
         source = getattr(part, "source", None)  # a data set of your own may have none
         facts = source.describe(part.indices) if hasattr(source, "describe") else {}
         found[name] = {"images": len(part)} | facts
-    return found
+    words = getattr(datasets, "vocabulary", None)  # your own function may return an older form
+    return found if words is None else found | {"vocabulary": words.words}
 
 # %% ../nbs/23_dataset.ipynb #1276ada6
 def _compare_classes(then: list | None, now: list | None) -> list[str]:
@@ -691,6 +791,17 @@ def _compare_classes(then: list | None, now: list | None) -> list[str]:
     changes = [f"{len(then)} then, {len(now)} now"] if len(then) != len(now) else []
     changes += [f"label {i} was {a}, is {b}" for i, (a, b) in enumerate(zip(then, now)) if a != b]
     return [f"classes: {_some(changes)}"]
+
+
+def _compare_words(then: list | None, now: list | None) -> list[str]:
+    if then == now: return []
+    if then is None or now is None: return [
+        f"captions: {'there are none now' if now is None else 'there were none then'}"]
+    new, gone = ([w for w in a if w not in set(b)] for a, b in ((now, then), (then, now)))
+    changes = [f"{len(words)} {what} ({_some(words)})"
+               for words, what in ((gone, "gone"), (new, "new")) if words]
+    return [f"vocabulary: {len(then)} words then, {len(now)} now: "
+            + (", ".join(changes) or "in another order")]
 
 
 def _names(classes: list | None) -> str: return "none" if classes is None else _some(classes)
@@ -724,6 +835,7 @@ def compare_data(
     lines = _compare_classes(then["classes"], now["classes"]) if "classes" in then else []
     for name in ("train", "validation", "test"):
         lines += _compare_part(name, then.get(name, {}), now[name])
+    if then: lines += _compare_words(then.get("vocabulary"), now.get("vocabulary"))
     return lines
 
 # %% ../nbs/23_dataset.ipynb #4f2a7956
@@ -753,6 +865,10 @@ class PositionLoader:
         self.rank, self.world, self.num_workers = rank, world, num_workers
         self.pin = pin and torch.cuda.is_available()  # else there is nothing to pin it for
 
+    def ready(self):
+        "What is better done once than for every batch, and before there are workers."
+        if hasattr(self.ds, "ready"): self.ds.ready()
+
     def positions(self, step: int) -> Tensor:
         "This process's share of the positions of a step."
         share = self.batch_size//self.world
@@ -766,6 +882,7 @@ class PositionLoader:
 
     def at(self, step: int) -> Batch:
         "The batch of any step."
+        self.ready()
         batch = self.ds.batch(*self.address(step))
         return batch.pin_memory() if self.pin else batch
 
@@ -823,6 +940,7 @@ def _hold_signals():
 @patch
 def __iter__(self: PositionLoader):
     "Batches from step `start` on, without end."
+    self.ready()
     steps, known = itertools.count(self.start), set()
     if self.num_workers == 0: yield from map(self.at, steps)  # endless
     with _hold_signals():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .captions import Vocabulary
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .config import Config, SamplingConfig
 from .denoiser import Cond, Denoiser, DenoiserLike, create_denoiser, map_cond
@@ -61,13 +62,14 @@ def load_denoiser(
     ema: bool | str = True,     # as for `load_network`
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # as for `load_network`
-) -> Denoiser:                  # with .config, .space and .classes (None: no names)
+) -> Denoiser:  # with .config, .space, .classes and .vocabulary (None: no names, no captions)
     "The denoiser of a checkpoint, ready for `sample` and `generate`. Raises CheckpointError."
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
     network, cfg = load_network(checkpoint, ema, device, network)
     denoiser = create_denoiser(cfg.diffusion, network).eval()
     denoiser.config, denoiser.space = cfg, create_space(cfg.data)
-    denoiser.classes = checkpoint.classes
+    denoiser.classes, words = checkpoint.classes, checkpoint.vocabulary
+    denoiser.vocabulary = None if words is None else Vocabulary(words)
     return denoiser
 
 # %% ../nbs/40_generation.ipynb #688170ab

@@ -25,9 +25,9 @@ class Pixels:
     "Diffusion on the images themselves."
     def __init__(
         self,
-        data: Any,  # has `channels`, `image_size`, `mean` and `std`, as `DataConfig` has
+        data: Any,  # has `shape`, `mean` and `std`, as `DataConfig` has
     ):
-        self.shape = (data.channels, data.image_size, data.image_size)
+        self.shape = tuple(data.shape)  # channels, height, width
         self.range = (0 - data.mean)/data.std, (1 - data.mean)/data.std  # black and white
 
     def encode(self, images: Tensor) -> Tensor:

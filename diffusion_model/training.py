@@ -279,7 +279,8 @@ def save(self: Trainer) -> Path | None:
                "data": self.data, "precision": self.levers.precision},
         classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints,
         keep_best=self.cfg.logging.keep_best, score=score if step == self.step else None,
-        network_name=self.objective.network_name)
+        network_name=self.objective.network_name,
+        vocabulary=getattr(self.datasets, "vocabulary", None))
 
 # %% ../nbs/31_training.ipynb #3fdf7e71
 _FIXED = ("model.", "diffusion.", "data.image_size", "data.channels", "data.mean", "data.std",

@@ -72,6 +72,22 @@ def test_overrides(words, field, value):
     assert getattr(getattr(cfg, section), name) == value
 
 
+@pytest.mark.parametrize("size, value, shape", [
+    ("32,64", [32, 64], (3, 32, 64)), ("[32, 64]", [32, 64], (3, 32, 64)),
+    ((64, 32), [64, 32], (3, 64, 32)), ("48", 48, (3, 48, 48)), ([32, 32], 32, (3, 32, 32))])
+def test_an_image_has_a_height_and_a_width(size, value, shape, write):
+    data = module.load_data_config("default", {"image_size": size})
+    assert (data.image_size, data.shape) == (value, shape)
+    file = write(yaml.safe_dump({"base": "default", "data": {"image_size": value}}))
+    assert module.load_data_config(file).shape == shape
+
+
+def test_a_size_that_is_wrong_is_said_once():
+    for size in ([32], [32, "a"], {}, 1.5):
+        found = lines("default", {"image_size": size})
+        assert len(found) == 1 and found[0].startswith(f"data.image_size: found {size!r}; "), found
+
+
 def test_overrides_as_a_dict():
     assert load_config("default", {"training.max_steps": 20}).training.max_steps == 20
 def test_the_last_override_wins():
@@ -125,6 +141,19 @@ def test_the_last_override_wins():
     (["--guidance_scale", "2"], "model.num_classes > 0"),
     (["--guidance_scale", "0"], "model.num_classes > 0"),
     (["--dataset", "shapes", "--train_size", "5"], "training.batch_size"),
+    (["--image_size", "32,"], "data.image_size: found [32]; allowed: a whole number >= 1 and "
+                              "<= 4096 or a list of 2, each a whole number >= 1 and <= 4096"),
+    (["--image_size", "32,64,3"], "data.image_size: found [32, 64, 3]"),
+    (["--image_size", "32,0"], "data.image_size: found [32, 0]"),
+    (["--image_size", "[32, 5000]"], "data.image_size: found [32, 5000]"),
+    (["--image_size", "32x64"], "data.image_size: found '32x64'"),
+    (["--image_size", "0"], "data.image_size: found 0; allowed: a whole number >= 1"),
+    (["--channels", "4"], "data.channels: found 4; CIFAR10 has 1 (grey) or 3 (colour)"),
+    (["--channels", "2", "--dataset", "shapes"], "found 2; shapes has 1 (grey) or 3 (colour)"),
+    (["--channels", "5", "--dataset", "folder"], "found 5; folder has 1 to 4"),
+    (["--channels", "0"], "data.channels: found 0; allowed: a whole number >= 1"),
+    (["--caption_words", "3"], "data.caption_words: found 3; allowed: a whole number >= 4"),
+    (["--image_condition", "sketches"], "one of none, low_resolution, inpainting, sketch"),
 ])
 def test_refused(words, says):
     assert any(says in line for line in lines("default", words)), lines("default", words)
@@ -134,6 +163,8 @@ def test_refused(words, says):
     {"schedule": "cosine", "timesteps": 30, "steps": 30}, {"batch_size": 8, "accumulation": 8},
     {"dataset": "shapes", "train_size": 128}, {"train_size": 5},  # CIFAR10's size is its own
     {"guidance_interval": [0, 1]}, {"timesteps": 21, "steps": 10}, {"num_classes": 10},
+    {"dataset": "folder", "channels": 4}, {"dataset": "folder", "channels": 2},
+    {"dataset": "arrays", "channels": 7}, {"dataset": "hf:x", "channels": 7},
     {"beta_start": 0.02}, {"dataset": "folder", "num_classes": 7}, {"eta": 1, "solver": "ddim"}])
 def test_the_edges_of_what_is_allowed(words): load_config("default", words)
 
@@ -228,7 +259,8 @@ SHORT = {
     "data": (
         "dataset root download space image_size channels crop horizontal_flip "
         "mean std background bad_images if_changed validation_fraction train_size "
-        "validation_size test_size data_seed num_workers"
+        "validation_size test_size data_seed num_workers caption_length caption_words "
+        "image_condition image_condition_factor image_column label_column caption_column"
     ),
     "sampling": (
         "solver steps spacing eta churn churn_min churn_max churn_noise "
@@ -247,8 +279,9 @@ SHORT = {
     ),
     "model": (
         "name base_channels channel_multipliers num_res_blocks "
-        "attention_resolutions attention_head_dim dropout norm_groups num_classes "
-        "patch_size"
+        "attention_resolutions attention_levels attention_heads attention_head_dim dropout "
+        "norm norm_groups adaptive_norm resample num_classes conditions patch_size pad "
+        "gradient_checkpointing"
     ),
 }
 
@@ -319,7 +352,8 @@ def test_literals_are_what_their_readers_know():
     "No field is a list of names that somebody else keeps, too, except for these; and these agree."
     found = {f"{s}.{f}": x for s, c in SECTIONS.items() for f, field in c.model_fields.items()
              for x in literals(field.annotation)}
-    assert found == {"model.name": ("unet",), "data.channels": (1, 3),
+    assert found == {"model.name": ("unet",), "model.resample": ("conv", "pool", "residual"),
+                     "model.norm": ("group", "layer", "rms", "instance", "batch"),
                      "data.crop": ("center", "random", "none"),
                      "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
                      "training.precision": ("auto", "fp32", "bf16", "fp16"),

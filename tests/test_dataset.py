@@ -324,7 +324,7 @@ def test_every_colour_stands_out_from_its_ground():
         linear = torch.where(rgb <= 0.04045, rgb/12.92, ((rgb + 0.055)/1.055)**2.4)
         return linear @ torch.tensor([0.2126, 0.7152, 0.0722])
     hues = torch.linspace(0, 1, 100)[:, None]
-    back = luminance(dataset._grounds(hues, 32).movedim(1, -1)).flatten()
+    back = luminance(dataset._grounds(hues, 32, 32).movedim(1, -1)).flatten()
     front = luminance(dataset.PALETTE)[:, None]
     ratio = (torch.maximum(front, back) + 0.05)/(torch.minimum(front, back) + 0.05)
     assert ratio.min() > 2.5

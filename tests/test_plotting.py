@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from diffusion_model.plotting import (
-    COLOURS, explore, image_grid, plot_curves, plot_metrics, save_film, save_grid, setup_plots,
-    show_images, show_strip, smooth)
+    COLOURS, explore, image_grid, plot_curves, plot_metrics, save_film, save_grid, save_image,
+    setup_plots, show_images, show_strip, smooth)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,24 @@ def test_images_lie_row_by_row_on_white():
 def test_channels_keep_their_order():
     x = torch.tensor([1., 0., -1.]).view(1, 3, 1, 1)
     assert image_grid(x, pad=0)[0, 0].tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("channels, seen", [(2, [0, 0, 0]), (4, [0, 1, 2]), (7, [0, 1, 2])])
+def test_of_other_channels_three_are_shown(channels, seen):
+    x = torch.arange(channels, dtype=torch.uint8).view(1, channels, 1, 1)
+    assert image_grid(x, pad=0)[0, 0].tolist() == seen
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_one_image_in_a_file(channels, tmp_path):
+    x = torch.randint(0, 256, (channels, 4, 6), dtype=torch.uint8)
+    path = save_image(x, tmp_path/"00001.png")
+    assert path.name == ("00001.npy" if channels == 5 else "00001.png")
+    back = np.load(path) if channels == 5 else np.asarray(Image.open(path))
+    if channels in (2, 3, 4): back = back.transpose(2, 0, 1)
+    assert (back.reshape(x.shape) == x.numpy()).all()
+    with pytest.raises(ValueError, match="image: found float32"):
+        save_image(x.float(), tmp_path/"x")
 
 
 def test_a_single_image_and_a_tensor_with_gradient():

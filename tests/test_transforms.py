@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from diffusion_model.config import DataConfig
@@ -58,12 +59,110 @@ def test_palette_with_transparency_and_key_colour():
 
 def test_sixteen_bits():
     x = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    assert torch.equal(to_tensor(Image.fromarray(x), 1).flatten(), EVERY)
+    deep = to_tensor(Image.fromarray(x), 1)
+    assert deep.dtype == torch.float32
+    assert torch.equal(to_uint8(to_float(deep)).flatten(), EVERY)
+    assert to_tensor(Image.fromarray(x), 3).shape == (3, 16, 16)
 
 
-def test_floating_point_images_are_refused():
-    with pytest.raises(ValueError, match="mode F"):
-        to_tensor(Image.fromarray(np.zeros((4, 4), np.float32)))
+def test_sixteen_bits_are_not_eight(tmp_path):
+    "All 65,536 levels stay apart, whatever the file's format; black and white are where they were."
+    x = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for suffix in ("png", "tif"):
+        Image.fromarray(x).save(tmp_path/f"x.{suffix}")
+        with Image.open(tmp_path/f"x.{suffix}") as image: deep = to_tensor(image, 1)
+        assert torch.equal(deep.flatten(), torch.arange(65536).float()/65535)
+    same = create_transform(DataConfig(image_size=256, channels=1))
+    assert len(same(Image.fromarray(x)).unique()) == 65536
+
+
+def test_floating_point_images_have_the_range_of_black_to_white(tmp_path):
+    x = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(x).save(tmp_path/"x.tif")
+    with Image.open(tmp_path/"x.tif") as image: assert (to_tensor(image, 1)[0].numpy() == x).all()
+    for wrong in (-0.01, 1.01, np.nan, np.inf):
+        y = x.copy()
+        y[3, 3] = wrong
+        with pytest.raises(ValueError, match="mode F .*which value is white: .*floats from 0 to 1"):
+            to_tensor(Image.fromarray(y))
+
+
+def test_bicubic_does_not_leave_the_range():
+    edge = torch.zeros(1, 8, 8)
+    edge[..., 4:] = 1
+    for size in (13, 5, (16, 8)):
+        y = resize_crop(edge, size)
+        assert y.min() == 0 and y.max() == 1 and y.dtype == torch.float32
+
+
+def test_alpha_can_be_asked_for():
+    image = noise_image(4, 5)
+    image.putalpha(Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5)))
+    assert torch.equal(to_tensor(image, 4), F.pil_to_tensor(image))
+    assert torch.equal(to_tensor(image, 2), F.pil_to_tensor(image.convert("LA")))
+    assert (to_tensor(noise_image(), 4)[3] == 255).all()
+    assert to_tensor(noise_image(), 2).shape[0] == 2
+    with pytest.raises(ValueError, match="data.channels: found 5, but an image of 3: set it to 1"):
+        to_tensor(noise_image(), 5)
+
+
+def test_bytes_and_deeper_pictures_in_one_batch():
+    learn = create_transform(DataConfig(image_size=8, channels=1))
+    white = [Image.new("L", (8, 8), 255), Image.fromarray(np.full((8, 8), 65535, np.uint16))]
+    x = learn.augment([learn.prepare(w) for w in white], torch.arange(2))
+    assert (x == 1).all() and x.dtype == torch.float32
+
+
+def _before(x, size, crop):
+    "How squares were cut before there was anything else."
+    h, w = x.shape[-2:]
+    if crop == "center":
+        h = w = min(h, w)
+        x = F.center_crop(x, [h, w])
+    short = min(h, w)
+    shape = [size, size] if crop == "none" else [round(h*size/short), round(w*size/short)]
+    return x if [h, w] == shape else F.resize(x, shape, InterpolationMode.BICUBIC, antialias=True)
+
+
+@pytest.mark.parametrize("crop", ["center", "none", "random"])
+def test_squares_are_what_they_were(crop):
+    rng = np.random.default_rng(0)
+    for h, w in [*rng.integers(1, 90, (40, 2)).tolist(), (1, 90), (17, 17), (333, 100)]:
+        x = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
+        for size in (8, 31, 32):
+            assert torch.equal(resize_crop(x, size, crop), _before(x, size, crop)), (h, w, size)
+    x = (EVERY.float()/255 - 0.3)/0.7
+    assert torch.equal(to_float(EVERY, 0.3, 0.7), x)
+
+
+@pytest.mark.parametrize("size", [(8, 24), (24, 8), (16, 16), (7, 30), (1, 9)])
+def test_windows_of_any_aspect(size):
+    "The window has the aspect to a pixel, is the largest there is, and stands in the middle."
+    rng = np.random.default_rng(1)
+    for h, w in rng.integers(1, 120, (60, 2)).tolist():
+        x = torch.full((1, h, w), 77, dtype=torch.uint8)
+        for crop in ("center", "none"): assert resize_crop(x, size, crop).shape == (1, *size)
+        y = resize_crop(x, size, "random")
+        assert (y == 77).all() and (y.shape[1] == size[0] or y.shape[2] == size[1])
+        assert y.shape[1] >= size[0] and y.shape[2] >= size[1]
+        for u in (0., 1 - 2**-24):
+            assert random_crop([y], size, torch.tensor([u])).shape[2:] == size
+    x = torch.arange(40, dtype=torch.uint8).expand(1, 10, 40)
+    assert resize_crop(x, (10, 20))[0, 0].tolist() == list(range(10, 30))
+    assert resize_crop(x.mT, (20, 10))[0, :, 0].tolist() == list(range(10, 30))
+
+
+def test_a_transform_that_is_not_square():
+    for crop in ("center", "random", "none"):
+        data = DataConfig(image_size=[8, 24], channels=1, crop=crop)
+        learn = create_transform(data, True)
+        images = [learn.prepare(noise_image(20, 30 + i)) for i in range(5)]
+        assert learn.augment(images, torch.arange(5)).shape == (5, 1, 8, 24)
+        assert learn.augment([], torch.arange(0)).shape == (0, 1, 8, 24)
+    flipped = create_transform(DataConfig(image_size=[8, 24]), True)
+    x = flipped.prepare(noise_image(8, 24))
+    seen = {tuple(y.flatten().tolist()) for y in flipped.augment([x]*20, torch.arange(20))}
+    assert seen == {tuple(to_float(y).flatten().tolist()) for y in (x, x.flip(-1))}
 
 
 def test_camera_orientation_is_applied():
@@ -108,6 +207,14 @@ def test_windows_reach_both_ends_and_never_leave():
     assert random_crop([x, x], 4, u)[:, 0, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     tall = random_crop([x.mT, x.mT], 4, u)
     assert tall[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+
+
+def test_a_batch_is_cut_like_a_list():
+    x = torch.randint(0, 256, (50, 3, 20, 31), dtype=torch.uint8)
+    u = torch.rand(50)
+    u[:2] = torch.tensor([0., 1 - 2**-24])
+    for size in (20, (20, 9), (7, 31), (20, 31)):
+        assert torch.equal(random_crop(x, size, u), random_crop(list(x), size, u))
 
 
 def test_flip_is_per_image():
