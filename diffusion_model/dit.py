@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .conditions import Conditions
 from .denoiser import Cond
 from .dit_config import DiTConfig, _nearest
-from .unet import timestep_embedding
+from .unet import attention, timestep_embedding
 
 # %% ../nbs/11_dit.ipynb #3f34c45d
 def to_patches(
@@ -97,7 +97,7 @@ class RotaryAttention(nn.Module):
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (rotate(norm(z), *turn).to(v.dtype)
                 for norm, z in ((self.norm_q, q), (self.norm_k, k)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attention(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 # %% ../nbs/11_dit.ipynb #c4e0bb51
