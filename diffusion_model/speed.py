@@ -131,6 +131,9 @@ def _packable(module: nn.Module) -> bool:
 def _pack(module: nn.Module) -> None:
     "Put packed convolutions in the place of plain ones, at any depth."
     for name, child in module.named_children():
+        if hasattr(child, "for_drawing"):
+            child = child.for_drawing()
+            setattr(module, name, child)
         if _packable(child) and not child._forward_hooks and not child._forward_pre_hooks:
             setattr(module, name, _PackedConv(child))
         else: _pack(child)

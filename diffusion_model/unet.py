@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .conditions import Conditions
 from .denoiser import Cond
-from .norms import create_norm
+from .norms import channels_last, create_norm
 from .unet_config import UNetConfig, attending, nearest
 
 # %% ../nbs/10_unet.ipynb #6beba089
@@ -143,6 +143,26 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, emb: Tensor = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
+# %% ../nbs/10_unet.ipynb #8352be12
+# [place of the square, tap, trained weight]: the sums above
+_SUMS = torch.tensor([[[1., 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+
+
+def _four_kernels(kernel: Tensor) -> Tensor:  # (O, I, 3, 3) -> (4*O, I, 2, 2)
+    "One 2×2 kernel for each place of a square of 2×2."
+    sums = _SUMS.to(kernel)
+    four = torch.einsum("pkr,qls,oirs->pqoikl", sums, sums, kernel)
+    return four.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _side_by_side(y: Tensor) -> Tensor:  # (B, 4*O, H + 1, W + 1) -> (B, O, 2*H, 2*W)
+    "Put the answers of the four kernels where they belong."
+    b, _, h, w = y.shape
+    parts = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # (B, H + 1, W + 1, 2, 2, O)
+    row = lambda p: torch.stack([parts[:, p:p+h-1, q:q+w-1, p, q] for q in (0, 1)], dim=3)
+    both = torch.stack([row(0), row(1)], dim=2)             # (B, H, 2, W, 2, O)
+    return both.reshape(b, 2*h - 2, 2*w - 2, -1).permute(0, 3, 1, 2)
+
 
 class Upsample(nn.Module):
     "Twice the resolution: pixels repeated, then a convolution."
@@ -150,7 +170,27 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor = None) -> Tensor: return self.conv(double(x))
+    def forward(self, x: Tensor, emb: Tensor = None) -> Tensor:
+        if not channels_last(x) or torch.compiler.is_compiling(): return self.conv(double(x))
+        kernels, bias = _four_kernels(self.conv.weight), self.conv.bias.repeat(4)
+        return _side_by_side(F.conv2d(x, kernels, bias, padding=1))
+
+    def for_drawing(self) -> nn.Module:
+        "The same for weights that stay as they are: their sums are taken once."
+        if self.conv.weight.device.type != "cpu": return self
+        small = nn.Conv2d(self.conv.in_channels, 4*self.conv.out_channels, 2, padding=1)
+        small.weight.data, small.bias.data = _four_kernels(self.conv.weight), self.conv.bias.repeat(4)
+        return _Drawn(small)
+
+
+class _Drawn(nn.Module):
+    "`Upsample` with its four kernels."
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, emb: Tensor = None) -> Tensor:
+        return _side_by_side(self.conv(x.contiguous(memory_format=torch.channels_last)))
 
 # %% ../nbs/10_unet.ipynb #075666eb
 class Resize(nn.Module):
