@@ -3,10 +3,11 @@
 A step of drawing 1 and 16 images with DDPM's U-Net in two sizes (small: 6.47 M parameters, 2.9
 GFLOP a 32×32×1 image; cifar: DDPM's network for CIFAR-10, 35.75 M, 12.4 GFLOP). Whole drawings are
 timed, from noise to bytes, and divided by their steps. Ours is `generate` on what `load_denoiser`
-has opened, solver and precision as the config's defaults choose them; diffusers' is the loop of its
-own DDIM pipeline: UNet2DModel and DDIMScheduler, as shipped (float32, the default layout) and at
-its best: weights in bfloat16, in either layout, of which the better counts, and (`--compile`)
-compiled.
+has opened, solver and precision as the config's defaults choose them: batches of one stream. What
+comes once, before or in the first batch (packing weights, compiling), stands in a column of its
+own, `to begin`. diffusers' is the loop of its own DDIM pipeline: UNet2DModel and DDIMScheduler, as
+shipped (float32, the default layout) and at its best: weights in bfloat16, in either layout, of
+which the better counts, and (`--compile`) compiled.
 
     python benchmarks/sample.py --peers [--size small] [--rounds 5] [--batch 1] [--json FILE]
 
@@ -56,9 +57,8 @@ def ours(device: str, size: str, folder: str, batch: int, precision: str | None 
         update={"steps": steps_of(batch), "sample_batch_size": batch})
     precision = choose_precision(sampling.sample_precision, torch.device(device))
     network, shape = denoiser.network, denoiser.space.shape
-
-    def turn():
-        for _ in generate(denoiser, batch, sampling=sampling): pass
+    stream = generate(denoiser, 1_000_000*batch, sampling=sampling)  # a drawing after the other
+    def turn(): return next(stream)
 
     def count():
         return turns.forward_flops(network, torch.zeros(1, *shape, device=device),
@@ -113,11 +113,12 @@ def variants(size: str, batch: int, folder: str, peers: bool, compile: bool) -> 
 
 def line(p: Player, base: Player | None, best: Player | None, limits: dict, device: str) -> list:
     "A row of the table."
-    if p.failed or not p.seconds: return [p.variant.name, *["–"]*10]
+    if p.failed or not p.seconds: return [p.variant.name, *["–"]*11]
     work, step = p.work, statistics.median(p.seconds)/steps_of(p.work.images)
     speed = p.flops*work.images/step/1e9
     limit = limits.get(f"{'matmul' if device == 'cuda' else 'conv'} {work.precision}")
     return [p.variant.name, f"{work.parameters/1e6:.2f}", work.precision, f"{step*1e3:,.1f}",
+            f"{(p.first - statistics.median(p.seconds))*1e3:,.0f}",
             cell(turns.ratio(p, base)), cell(turns.ratio(p, best)), f"{speed:,.0f}",
             cell(speed/limit if limit else None), f"{p.peak/1e6:,.0f}",
             cell(p.peak/base.peak if base and base.peak else None),
@@ -129,8 +130,8 @@ def show(players: list[Player], limits: dict, device: str) -> None:
     base = next((p for p in players if p.variant.name == SHIPPED and p.seconds), None)
     best = turns.quickest([p for p in players if p.variant.make is diffusers])
     best = None if best is base else best
-    head = ["sampling", "M params", "in", "ms a step", "× shipped", "× its best", "GFLOP/s",
-            "of limit", "peak MB", "× peak", "own MB"]
+    head = ["sampling", "M params", "in", "ms a step", "to begin, ms", "× shipped", "× its best",
+            "GFLOP/s", "of limit", "peak MB", "× peak", "own MB"]
     turns.table(head, [line(p, base, best, limits, device) for p in players])
     turns.say_failures(players)
 

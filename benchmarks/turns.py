@@ -168,7 +168,7 @@ class Player:
         context = multiprocessing.get_context("spawn")
         kind = context.Process if alone else threading.Thread
         self.variant, self.seconds, self.failed = variant, [], None
-        self.work, self.flops, self.peak, self.libraries = None, 0, 0, 0
+        self.work, self.flops, self.peak, self.libraries, self.first = None, 0, 0, 0, 0.
         self.pipe, theirs = context.Pipe()
         self.process = kind(target=serve, args=(theirs, variant, threads, device), daemon=True)
         self.process.start()
@@ -191,13 +191,14 @@ class Player:
         self.pipe.send(word)
         return self.heard()
 
-    def turn(self) -> None:
-        "Seconds of a call, or None."
+    def turn(self, first: bool = False) -> None:
+        "Note the seconds of a call; those of the first are no round's."
         if self.failed: return
-        said = self.ask(self.variant.calls)
+        said = self.ask(1 if first else self.variant.calls)
         if self.failed: return
         seconds, self.peak, self.libraries = said
-        self.seconds.append(seconds)
+        if first: self.first = seconds
+        else: self.seconds.append(seconds)
 
     def close(self) -> None:
         try: self.pipe.send(None)
@@ -216,9 +217,7 @@ def take_turns(variants: list[Variant], rounds: int, threads: int, device: str,
             players.append(Player(v, threads, device, alone=not smoke))
             if smoke: players[-1].ready()  # threads would stumble over each other's imports
         for p in [limit] if smoke else [limit, *players]: p.ready()
-        for p in players:
-            p.turn()
-            p.seconds.clear()
+        for p in players: p.turn(first=True)
         for i in range(rounds):
             if not limit.failed: found.append(limit.ask("rates"))
             for p in players[i % len(players):] + players[:i % len(players)]: p.turn()
@@ -327,9 +326,9 @@ def row_of(p: Player) -> dict[str, Any]:
     "A variant's measurements, for the JSON."
     if p.failed or not p.seconds: return {"name": p.variant.name, "failed": p.failed or "no round"}
     return {"name": p.variant.name, "seconds": statistics.median(p.seconds),
-            "rounds": p.seconds, "images": p.work.images, "parameters": p.work.parameters,
-            "flops": p.flops, "precision": p.work.precision, "peak": p.peak,
-            "libraries": p.libraries}
+            "rounds": p.seconds, "first": p.first, "images": p.work.images,
+            "parameters": p.work.parameters, "flops": p.flops, "precision": p.work.precision,
+            "peak": p.peak, "libraries": p.libraries}
 
 
 def write(args: argparse.Namespace, found: dict[str, Any]) -> None:
