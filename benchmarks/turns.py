@@ -15,6 +15,7 @@ On a GPU, the most that torch had allocated there.
 last, forward) and one large matrix product, in float32 and bfloat16, measured in turn as well.
 """
 import argparse
+import copy
 import importlib.metadata
 import json
 import multiprocessing
@@ -98,10 +99,10 @@ def forward_flops(network, *inputs) -> int:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    training = network.training
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # the plain way
+    inputs = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network.eval().forward(*inputs)  # not what it may have been compiled to
-    network.train(training)
     return counter.get_total_flops()
 
 
