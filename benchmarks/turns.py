@@ -99,8 +99,9 @@ def forward_flops(network, *inputs) -> int:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # the plain way
-    inputs = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs]
+    plain, network = torch.contiguous_format, copy.deepcopy(network)
+    for p in network.parameters(): p.data = p.data.clone(memory_format=plain)
+    inputs = [x.clone(memory_format=plain) if x is not None else x for x in inputs]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network.eval().forward(*inputs)  # not what it may have been compiled to
     return counter.get_total_flops()
