@@ -115,9 +115,10 @@ class DrawSamples(Callback):
         n = min(self.images, trainer.cfg.sampling.num_samples)
         with trainer.averaged() as objective: drawn = objective.draw(n, keep=16 if last else 0)
         if drawn is None: return
-        images, film = drawn
+        (images, film), titles = drawn, objective.titles(n)
         folder = trainer.run_dir/"samples"
         folder.mkdir(exist_ok=True)
+        if any(titles): (folder/"titles.txt").write_text("\n".join(titles) + "\n", "utf-8")
         save_grid(images, folder/f"step_{trainer.step:08d}.png", scale=2)
         trainer.trackers.images(trainer.step, "samples", image_grid(images))
         if last and film: save_film(film, folder/"film.gif", scale=3)

@@ -424,6 +424,10 @@ def _to_resume(optimizer, extra: dict | None) -> dict | None:
     return {**(extra or {}), "optimizer": None if optimizer is None else _state(optimizer)}
 
 # %% ../nbs/27_checkpoint.ipynb #22472dcd
+def _words(items: Collection | None) -> list[str] | None:
+    return None if items is None else [str(item) for item in items]
+
+# %% ../nbs/27_checkpoint.ipynb #a3499a82
 def save_checkpoint(
     run_dir: str | Path,     # of the run; the result is run_dir/checkpoints/step_00001000
     step: int,               # optimizer steps made
@@ -437,13 +441,14 @@ def save_checkpoint(
     keep_best: bool = True,  # and but the one with the lowest score
     score: float = None,     # validation loss at this step, lower is better; None: not known
     network_name: str = None,  # the class of a network of the user's own; None: `config.model`'s
+    vocabulary: Any = None,  # a `captions.Vocabulary`, or its words: so that prompts can be read
 ) -> Path:                   # the step directory, whole; `wait_for_checkpoints` for durable
     "Write one checkpoint so that, whatever happens, the run keeps a whole one."
     failed, root = _failure(), Path(run_dir)/"checkpoints"
     final, unfinished = root/f"step_{step:08d}", root/f"step_{step:08d}.tmp"
-    about = dict(step=step, classes=None if classes is None else [str(c) for c in classes],
-                 score=float(score) if score is not None and math.isfinite(score) else None,
-                 network_name=network_name)
+    about = dict(step=step, classes=_words(classes), network_name=network_name,
+                 vocabulary=_words(getattr(vocabulary, "words", vocabulary)),
+                 score=float(score) if score is not None and math.isfinite(score) else None)
     weights = {**_networks(network), **_averages(ema)}
     _write_safely(unfinished, weights, _to_resume(optimizer, extra), config, about)
     _install(unfinished, final)
@@ -569,6 +574,7 @@ class Checkpoint:
         self.classes, self.version = manifest["classes"], manifest["version"]
         self.files, self.score = manifest["files"], manifest.get("score")
         self.network_name = manifest.get("network_name")  # None: the network is config.model's
+        self.vocabulary = manifest.get("vocabulary")      # the captions' words; None: no captions
         names = [f.removesuffix(".safetensors") for f in self.files if _WEIGHTS.fullmatch(f)]
         self._read = _Lazy(names, lambda name: _read_weights(path/f"{name}.safetensors", device))
         averages = [name for name in names if _AVERAGE.fullmatch(f"{name}.safetensors")]
@@ -651,7 +657,10 @@ def load_weights(
     "Copy weights into a network, or say exactly how the two differ."
     if not isinstance(state, Mapping) or "param_groups" in state or "optimizer" in state:
         raise CheckpointError(f"{source}: this is optimizer state, not a network's weights")
-    state, names = _strip(state), list(network.state_dict())
+    now = {old: new for part in network.modules()  # an older version's names -> today's
+           for old, new in getattr(part, "renamed", {}).items()}
+    state = {now.get(name, name): value for name, value in _strip(state).items()}
+    names = list(network.state_dict())
     own = _strip(network.state_dict())
     if lines := _mismatch(own, state):
         lines += [f"  {k}: {a} in the checkpoint, {b} here" for k, (a, b) in (changes or {}).items()

@@ -239,10 +239,13 @@ class _Loop(_Section):
     label_dropout: Probability = Field(0.1, description="share of labels hidden, for guidance")
     seed: Seed = Field(0, description="of weights, order, noise, timesteps and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16, fp16: autocast; fp16 scales the loss")
-    channels_last: bool = Field(False, description="memory layout; measure before you choose")
-    compile: bool = Field(False, description="torch.compile the network: slow to start")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="bf16, fp16: autocast; auto: bf16 where the device has it")
+    channels_last: bool | None = Field(None, description="memory format; null: by the device")
+    compile: bool | None = Field(
+        None, description="torch.compile the network: slow to start; null: no")
+    keep_memory: bool | None = Field(
+        None, description="the allocator keeps what is freed; null: on a CPU")
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a better loss; null: never")
 
@@ -283,6 +286,8 @@ class SamplingConfig(_Section):
     clip_x0: bool = Field(True, description="clamp each guess of the image to the data's range")
     dynamic_threshold: float | None = Field(
         None, gt=0, le=1, description="share of pixels that must fit the range, instead of clip_x0")
+    sample_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the network's calls; fp32: the same images on any machine")
     num_samples: Count = Field(64, description="images")
     sample_batch_size: int = Field(64, ge=1, le=1_000_000, description="images at once")
 
@@ -401,7 +406,7 @@ def _not_its_own(sampling: SamplingConfig, option: str) -> str:
 KNOWN_CLASSES = {"shapes": 8, "MNIST": 10, "FashionMNIST": 10, "KMNIST": 10, "CIFAR10": 10,
                  "CIFAR100": 100, "SVHN": 10, "STL10": 10}
 
-
+# %% ../nbs/20_config.ipynb #99f26254
 def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
                   sampling: SamplingConfig) -> list[str]:
     "Classes must be the data's, and guidance needs a network that also knows 'no label'."
@@ -410,10 +415,12 @@ def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
     if known and model.num_classes not in (0, known): lines.append(
         f"model.num_classes: found {model.num_classes}; {data.dataset} has {known} classes: "
         f"choose {known}, or 0 for an unconditional model")
-    if sampling.guidance_scale != 1 and not (model.num_classes and training.label_dropout):
+    told = model.num_classes or getattr(model, "conditions", {})
+    if sampling.guidance_scale != 1 and not (told and training.label_dropout):
         lines.append(
             f"sampling.guidance_scale: found {sampling.guidance_scale}; guidance needs "
-            "model.num_classes > 0 and training.label_dropout > 0, otherwise choose 1 (off)")
+            "model.num_classes > 0 or model.conditions, and training.label_dropout > 0, otherwise "
+            "choose 1 (off)")
     return lines
 
 # %% ../nbs/20_config.ipynb #e3a0ebfd
@@ -713,13 +720,18 @@ def _value(section: type, name: str, text: str):
     except (yaml.YAMLError, ConfigError): return text
 
 # %% ../nbs/20_config.ipynb #ca6d2f86
+def _is_switch(section: type, field: str) -> bool:
+    "Is it true or false (or left open)?"
+    return _allowed_in(section, field).startswith("true or false")
+
+
 def _locate_switch(name: str, sections: dict) -> tuple[str, str, bool]:
     "(section, field, False), or for `no-name`, where it is true or false, (section, field, True)."
     try: return *_locate(name, sections), False
     except ConfigError as error: unknown = error
     if name.startswith(("no-", "no_")):
         section, field = _locate(name[3:], sections)
-        if _allowed_in(sections[section], field) == "true or false": return section, field, True
+        if _is_switch(sections[section], field): return section, field, True
     raise unknown
 
 
@@ -737,9 +749,8 @@ def _take(words: list[str], sections: dict) -> tuple[str, str, object]:
     if negated and equals: raise ConfigError([
         f"{name}: found the value {text!r}; it takes none: say --{name}, or --{name[3:]}={text}"])
     if negated: return section, field, False
-    is_switch = _allowed_in(sections[section], field) == "true or false"
-    if not equals and is_switch and not (follows and words[0].lower() in ("true", "false")):
-        return section, field, True
+    said = follows and words[0].lower() in ("true", "false", "null")
+    if not equals and _is_switch(sections[section], field) and not said: return section, field, True
     if not equals and not follows: raise ConfigError([f"{section}.{field}: needs a value"])
     return section, field, _value(sections[section], field, text if equals else words.pop(0))
 

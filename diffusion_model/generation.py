@@ -6,8 +6,9 @@
 __all__ = ['load_network', 'load_denoiser', 'Drawn', 'generate']
 
 # %% ../nbs/40_generation.ipynb #757012b8
+import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .captions import Vocabulary
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .config import Config, SamplingConfig
 from .denoiser import Cond, Denoiser, DenoiserLike, create_denoiser, map_cond
 from .networks import create_network
 from .sampler import create_sampler
 from .space import create_space
+from .speed import autocast, choose_precision, for_drawing
 
 # %% ../nbs/40_generation.ipynb #abb508b7
 def load_network(
@@ -61,13 +64,14 @@ def load_denoiser(
     ema: bool | str = True,     # as for `load_network`
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # as for `load_network`
-) -> Denoiser:                  # with .config, .space and .classes (None: no names)
+) -> Denoiser:  # with .config, .space, .classes and .vocabulary (None: no names, no captions)
     "The denoiser of a checkpoint, ready for `sample` and `generate`. Raises CheckpointError."
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
     network, cfg = load_network(checkpoint, ema, device, network)
     denoiser = create_denoiser(cfg.diffusion, network).eval()
     denoiser.config, denoiser.space = cfg, create_space(cfg.data)
-    denoiser.classes = checkpoint.classes
+    denoiser.classes, words = checkpoint.classes, checkpoint.vocabulary
+    denoiser.vocabulary = None if words is None else Vocabulary(words)
     return denoiser
 
 # %% ../nbs/40_generation.ipynb #688170ab
@@ -88,6 +92,19 @@ def _draw(sampler, denoiser, space, shape, keep, tick, **where) -> tuple[Tensor,
         f"image {where['first']} and those after it: the numbers that were drawn are not finite "
         "(NaN or infinite); use precision fp32, another solver, or another checkpoint")
     return space.decode(state.x).cpu(), film
+
+# %% ../nbs/40_generation.ipynb #3104ada4
+def _prepared(denoiser: DenoiserLike, precision: str) -> tuple[DenoiserLike, Callable]:
+    "The denoiser with a network that only draws, and what to call it in; yours is left as it is."
+    weights = [*denoiser.network.parameters()] if type(denoiser) is Denoiser else []
+    if not weights: return denoiser, contextlib.nullcontext
+    device = weights[0].device
+    precision = choose_precision(precision, device)
+    call_in = partial(autocast, precision, device)
+    if device.type != "cpu" and precision == "fp32": return denoiser, call_in
+    fast = Denoiser(for_drawing(denoiser.network, precision), denoiser.schedule,
+                    denoiser.prediction, denoiser.sigma_data)
+    return fast.eval(), call_in
 
 # %% ../nbs/40_generation.ipynb #32d8107e
 def _smaller(size: int) -> int:
@@ -124,15 +141,17 @@ def generate(
 ) -> Iterator[Drawn]:
     "Draw images batch by batch, in smaller batches where memory runs out. Raises ValueError."
     s, space = sampling or denoiser.config.sampling, space or denoiser.space
+    denoiser, precision = _prepared(denoiser, s.sample_precision)
     _checked_count(cond, n)
     sampler, size, done = create_sampler(s, space.range), s.sample_batch_size, 0
     with tqdm(total=n*s.steps, unit="step", desc="sampling", disable=not progress) as bar:
         while done < n:
             last = min(done + size, n)
             part = map_cond(partial(_rows, done, last), cond)
-            try: images, film = _draw(
-                sampler, denoiser, space, (last - done, *space.shape), 0 if done else keep,
-                bar.update, cond=part, seed=seed, first=first + done)
+            try:
+                with precision(): images, film = _draw(
+                    sampler, denoiser, space, (last - done, *space.shape), 0 if done else keep,
+                    bar.update, cond=part, seed=seed, first=first + done)
             except torch.OutOfMemoryError: size = _smaller(last - done)
             else:
                 yield Drawn(first + done, images, film)

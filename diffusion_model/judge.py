@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/41_judge.ipynb #0efca028
 from .config import DataConfig, SamplingConfig
 from .counters import permutation
-from .dataset import Datasets, ImageSet, list_images, read_image
+from .dataset import Datasets, ImageSet, labels_of, list_images, read_image
 from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, Evidence, score
 from .features import Features, create_features, features_for
@@ -200,8 +200,7 @@ def dataset_images(
     def read(first, last):
         for at in torch.arange(first, last).split(batch_size):
             x, cond, _ = plain.batch(at)
-            whole = isinstance(cond, Tensor) and not cond.is_floating_point() and cond.ndim == 1
-            yield pixels.decode(x), cond if whole else None
+            yield pixels.decode(x), labels_of(cond)
     return Images(name, len(plain), pixels.shape, read, _content_of(images, data))
 
 # %% ../nbs/41_judge.ipynb #f0a30f1d
@@ -211,8 +210,8 @@ def asked_labels(
     num_classes: int,    # that the network knows
 ) -> Tensor:             # (n,) int64
     "Labels to ask for: each as often as in the training set, in an order of their own."
-    labels = getattr(training.source, "cond", None)
-    if not isinstance(labels, Tensor) or labels.ndim != 1: return torch.arange(n) % num_classes
+    labels = labels_of(getattr(training.source, "cond", None))
+    if labels is None: return torch.arange(n) % num_classes
     in_turn = labels[training.indices].sort().values
     return in_turn[torch.arange(n)*len(in_turn)//n][permutation(0, 0, n)]
 
@@ -226,7 +225,7 @@ def model_images(
     name: str = "samples",
 ) -> Images:
     "What a model draws, drawn when asked for."
-    labels = cond if isinstance(cond, Tensor) and not cond.is_floating_point() else None
+    labels = labels_of(cond)
 
     def read(first, last):
         part = map_cond(lambda c: c[first:last], cond)

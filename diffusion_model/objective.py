@@ -16,7 +16,7 @@ from .config import Config, ConfigError
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, Datasets, ImageSet
 from .denoiser import Cond, create_denoiser, diffusion_loss, map_cond
-from .guidance import drop_cond
+from .guidance import LABEL, drop_cond, pick_cond
 from .networks import create_network
 from .processes import World
 from .space import create_space
@@ -57,6 +57,10 @@ class Objective(nn.Module):
 
     def draw(self, n: int, keep: int = 0) -> tuple[Tensor, list[Tensor]] | None:
         "(uint8 images, frames of the first `keep`), or None where there is nothing to show."
+
+    def titles(self, n: int) -> list[str]:
+        "What each of n images that `draw` gives is meant to show, in words; '' for nothing."
+        return [""]*n
 
 # %% ../nbs/30_objective.ipynb #8dd16c58
 def held_out(
@@ -101,16 +105,85 @@ class Diffusion(Objective):
         self.network_name = None if network is None else type(network).__name__
         if network is None: network = create_network(cfg.model, self.space.shape)
         self.denoiser = create_denoiser(cfg.diffusion, network)
-        self._check_classes()
+        if lines := self._against_classes() + self._against_conditions(): raise ConfigError(lines)
 
     @property
     def networks(self) -> dict[str, nn.Module]: return {"model": self.denoiser.network}
 
-    def _check_classes(self):
-        wanted, there = self.denoiser.num_classes, len(self.datasets.classes or [])
-        if wanted and wanted != there: raise ConfigError([
-            f"model.num_classes: found {wanted}; the data in '{self.cfg.data.root}' has "
-            f"{there or 'no'} classes: choose {there}"])
+# %% ../nbs/30_objective.ipynb #f1bed4a2
+@patch
+def _against_classes(self: Diffusion) -> list[str]:
+    "As many classes as the network has labels?"
+    wanted, there = self.denoiser.num_classes, len(self.datasets.classes or [])
+    field = "model.conditions.label.count" if isinstance(self.denoiser.null_cond, dict) else \
+        "model.num_classes"
+    return [f"{field}: found {wanted}; the data in '{self.cfg.data.root}' has "
+            f"{there or 'no'} classes: choose {there}"]*(wanted not in (0, there))
+
+
+@patch
+def _against_conditions(self: Diffusion) -> list[str]:
+    "What stands against the conditions that are asked for by name, a line each."
+    null, known = self.denoiser.null_cond, {}
+    if not isinstance(null, dict): return []
+    named = {} if self.network_name else getattr(self.cfg.model, "conditions", {})
+    cond = self.datasets.train.batch(torch.zeros(1, dtype=torch.long)).cond
+    if cond is not None: known = cond if isinstance(cond, dict) else {LABEL: cond}
+    lines = []
+    for name, none in null.items():
+        kind = getattr(named.get(name), "kind", "")
+        if known.get(name) is None: lines.append(_missing(name, kind, known, self.cfg.data.root))
+        elif len(known[name]): lines += _misfit(name, kind, known[name][0], none)
+    return lines + self._against_numbers(named)
+
+# %% ../nbs/30_objective.ipynb #d0f7db41
+_WHERE_FROM = {
+    "labels": "sort the images into folders, one for each class",
+    "text": "write captions.jsonl beside them, or a text file beside each image",
+    "image": "choose data.image_condition"}
+
+
+def _missing(name: str, kind: str, known: dict, root: str) -> str:
+    "The sentence for a condition that the data do not have."
+    help = _WHERE_FROM.get(kind, f"give arrays with a row of '{name}' for each image")
+    return (f"model.conditions: found '{name}', and the data in '{root}' have "
+            f"{' and '.join(known) or 'no conditions'}: {help}, or leave it out")
+
+
+def _misfit(name: str, kind: str, row: Tensor, none) -> list[str]:
+    "A sentence where one row of the data does not look like the network's null."
+    none, where = torch.as_tensor(none), f"model.conditions.{name}"
+    if row.is_floating_point() != none.is_floating_point(): return [
+        f"{where}: asks for {'numbers' if none.is_floating_point() else 'whole numbers'}; the data "
+        f"have {row.dtype}"]
+    if kind == "text" and row.ndim == 1 and len(row) != len(none): return [
+        f"{where}.length: found {len(none)}; data.caption_length is {len(row)}: choose one for "
+        "both"]
+    sides = zip(row.shape, none.shape)  # a side of 1 is of any length: see `null_rows`
+    if row.ndim == none.ndim and all(a == b or b == 1 and i for i, (a, b) in enumerate(sides)):
+        return []
+    if kind == "image" and row.ndim == 3: return [
+        f"{where}.channels: found {len(none)}; the data's '{name}' has {len(row)}: choose that"]
+    return [f"{where}: asks for shape {tuple(none.shape)} of a sample; the data have "
+            f"{tuple(row.shape)}"]
+
+# %% ../nbs/30_objective.ipynb #c820dda8
+@patch
+def _against_numbers(self: Diffusion, named: dict) -> list[str]:
+    "Room for each word, and for each label that the data have?"
+    lines, vocabulary = [], getattr(self.datasets, "vocabulary", None)
+    source = getattr(self.datasets.train, "source", None)
+    known = getattr(source, "cond", None) if isinstance(getattr(source, "cond", None), dict) else {}
+    for name, condition in named.items():
+        words, count = getattr(condition, "words", None), getattr(condition, "count", None)
+        if words and vocabulary is not None and words < len(vocabulary): lines.append(
+            f"model.conditions.{name}.words: found {words}; the captions' vocabulary has "
+            f"{len(vocabulary)} numbers: choose that, or fewer data.caption_words")
+        if count and name != LABEL and known.get(name) is not None and len(known[name]) \
+                and known[name].max() >= count: lines.append(
+            f"model.conditions.{name}.count: found {count}; the data's '{name}' go up to "
+            f"{int(known[name].max())}: choose at least {int(known[name].max()) + 1}")
+    return lines
 
 # %% ../nbs/30_objective.ipynb #c2dc0529
 @patch
@@ -149,7 +222,8 @@ def condition(self: Diffusion,
 ) -> Cond:                # what the network is given
     "What the network is conditioned on."
     null = self.denoiser.null_cond
-    if null is None or hide is None: return None if null is None else cond
+    cond = pick_cond(cond, null)
+    if cond is None or hide is None: return cond
     return drop_cond(cond, hide, self.cfg.training.label_dropout, null)
 
 # %% ../nbs/30_objective.ipynb #18077719
@@ -180,13 +254,31 @@ def draw(self: Diffusion,
 ) -> tuple[Tensor, list[Tensor]]:  # uint8 (n, ...); frames of the first `keep`, uint8
     "Draw images with the weights that are in place, as the config's sampling section says."
     from diffusion_model.generation import generate  # importing the objective draws nothing
-    classes, cond = self.denoiser.num_classes, None
-    if classes: cond = torch.arange(n) % classes
-    elif self.denoiser.null_cond is not None:
-        cond = self.datasets.validation.batch(torch.arange(n) % len(self.datasets.validation)).cond
-    drawn = list(generate(self.denoiser, n, cond, sampling=self.cfg.sampling, space=self.space,
-                          keep=keep))
+    drawn = list(generate(self.denoiser, n, self._shown(n), sampling=self.cfg.sampling,
+                          space=self.space, keep=keep))
     return torch.cat([d.images for d in drawn]), drawn[0].film
+
+
+@patch
+def _shown(self: Diffusion, n: int) -> Cond:
+    "The conditions that `draw` shows."
+    null, held = self.denoiser.null_cond, self.datasets.validation
+    if null is None: return None
+    if self.denoiser.num_classes and not isinstance(null, dict):
+        return torch.arange(n) % self.denoiser.num_classes
+    return pick_cond(held.batch(torch.arange(n) % len(held)).cond, null)
+
+# %% ../nbs/30_objective.ipynb #bc8db29f
+@patch
+def titles(self: Diffusion, n: int) -> list[str]:
+    "Of each image that `draw` gives: its caption, or its class, or nothing."
+    cond, classes = self._shown(n), [*(self.datasets.classes or []), ""]  # -1: no label
+    vocabulary = getattr(self.datasets, "vocabulary", None)
+    named = cond if isinstance(cond, dict) else {} if cond is None else {LABEL: cond}
+    if vocabulary is not None and "caption" in named:
+        return [vocabulary.decode(words) for words in named["caption"].tolist()]
+    if LABEL not in named or named[LABEL].ndim != 1 or len(classes) == 1: return [""]*n
+    return [classes[label] for label in named[LABEL].long().tolist()]
 
 # %% ../nbs/30_objective.ipynb #6153fa77
 #: name -> function(cfg, datasets, network=None) -> Objective; `training.objective` of a config

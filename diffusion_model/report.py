@@ -29,6 +29,7 @@ from .dataset import Datasets
 from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, nearest
 from .generation import generate
+from .guidance import LABEL, pick_cond
 from .judge import Images, Judge, Line, asked_labels, in_short, short_name
 from .likelihood import (
     Levels, bits_per_dim, dequantise, ode_log_prob, variational_bound)
@@ -385,14 +386,14 @@ def create_model(
     held_out: int = 256,        # images for the model's own error, the first of the test set
 ) -> Model:
     "A model of these data, ready to be judged."
-    cond, test = None, datasets.test
-    if denoiser.num_classes: cond = asked_labels(datasets.train, n, denoiser.num_classes)
-    elif denoiser.null_cond is not None:
-        cond = datasets.validation.batch(torch.arange(n) % len(datasets.validation)).cond
+    null, test, held = denoiser.null_cond, datasets.test, datasets.validation
+    if denoiser.num_classes and (not isinstance(null, dict) or {*null} == {LABEL}):
+        cond = {LABEL: asked_labels(datasets.train, n, denoiser.num_classes)}
+    else: cond = None if null is None else held.batch(torch.arange(n) % len(held)).cond
     batch = test.batch(torch.arange(min(held_out, len(test))))
-    x0_cond = None if denoiser.null_cond is None else batch.cond
-    return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling, cond,
-                 denoiser.space.encode(batch.images), x0_cond, seed)
+    return Model(denoiser, denoiser.space, sampling or denoiser.config.sampling,
+                 pick_cond(cond, null), denoiser.space.encode(batch.images),
+                 pick_cond(batch.cond, null), seed)
 
 # %% ../nbs/41_report.ipynb #3cc230df
 def evaluate_samples(

@@ -32,6 +32,7 @@ TESTS = {
     "scheduler": CORE, "denoiser": CORE, "oracle": CORE, "guidance": CORE, "editing": CORE,
     "sampler": [*CORE, "test_parity.py"], "solvers": [*CORE, "test_parity.py"],
     "unet_config": ["test_config.py", "faults/test_fields.py", "test_unet.py"],
+    "dit_config": ["test_dit.py"],
     "networks": ["test_config.py", "test_unet.py", "test_registries.py"],
     "config": ["faults/test_fields.py", "test_cli.py"],
     "transforms": ["faults/test_images.py"],
@@ -42,8 +43,9 @@ TESTS = {
     "tracking": ["test_training.py", "test_cli.py", "faults/test_saving.py"],
     "processes": ["test_launchers.py", "test_training.py", "faults/test_numbers.py",
                   "faults/test_processes.py"],
-    "objective": RUNS, "training": RUNS, "callbacks": RUNS, "generation": ["test_cli.py", *RUNS],
-    "cli": ["faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
+    "objective": ["test_asking.py", *RUNS], "training": RUNS, "callbacks": RUNS,
+    "generation": ["test_cli.py", *RUNS],
+    "cli": ["test_asking.py", "faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
     "features": ["test_judge.py"], "report": ["test_judge.py"],
 }
 

@@ -115,6 +115,38 @@ def test_sample_writes_files(trained, tmp_path):
     assert Image.open(tmp_path/"out"/"00000_star.png").size == (16, 16)
 
 
+def test_a_dry_run_leaves_nothing(tmp_path):
+    out = tmp_path/"here"/"quick"
+    done = train(out, "--dry_run", "--max_steps", "500")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(tmp_path.iterdir())
+    for word in ("parameters", "activations", "images/s", "memory: ", "500 steps are left: about",
+                 "nothing was written"): assert word in done.stdout, done.stdout
+    refused = train(out, "--dry-run", "--model.num_classes", "5")
+    assert refused.returncode == 2 and "shapes has 8 classes" in refused.stderr
+
+
+def test_a_dry_run_of_a_resumed_run(trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    done = run("train", "--resume", trained, "--dry_run", "--max_steps", "30")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 20" in done.stdout and "10 steps are left" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+    again = run("train", "--config", "quickstart", *SMALL, "--output_dir", trained, "--dry_run")
+    assert again.returncode == 2 and "already holds a run" in again.stderr  # as in a real run
+
+
+def test_a_dry_run_of_two_processes(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
+         "diffusion_model.train", "--config", "quickstart", *SMALL, "--dry_run", "--output_dir",
+         str(tmp_path/"out")], cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing was written") == 1 and "a step with 4 images" in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command, words, says", [
     ("train", ["--config", "quikstart"], ["quikstart", "did you mean quickstart?"]),
     ("train", ["--config", "quickstart", "--lerning_rate", "1"],

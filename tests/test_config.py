@@ -252,7 +252,7 @@ SHORT = {
     "training": (
         "objective max_steps epochs batch_size accumulation ema_decay "
         "ema_sigma_rel ema_more label_dropout seed device precision channels_last "
-        "compile patience learning_rate optimizer beta1 beta2 weight_decay "
+        "compile keep_memory patience learning_rate optimizer beta1 beta2 weight_decay "
         "lr_schedule warmup_steps lr_step_size lr_gamma min_lr_ratio "
         "max_grad_norm"
     ),
@@ -265,7 +265,7 @@ SHORT = {
     "sampling": (
         "solver steps spacing eta churn churn_min churn_max churn_noise "
         "guidance_scale guidance_rescale guidance_interval clip_x0 "
-        "dynamic_threshold num_samples sample_batch_size"
+        "dynamic_threshold sample_precision num_samples sample_batch_size"
     ),
     "diffusion": (
         "schedule timesteps beta_start beta_end betas zero_terminal_snr sigma_min "
@@ -279,8 +279,9 @@ SHORT = {
     ),
     "model": (
         "name base_channels channel_multipliers num_res_blocks "
-        "attention_resolutions attention_head_dim dropout norm_groups num_classes "
-        "patch_size"
+        "attention_resolutions attention_levels attention_heads attention_head_dim dropout "
+        "norm norm_groups adaptive_norm resample num_classes conditions patch_size pad "
+        "gradient_checkpointing"
     ),
 }
 
@@ -351,10 +352,12 @@ def test_literals_are_what_their_readers_know():
     "No field is a list of names that somebody else keeps, too, except for these; and these agree."
     found = {f"{s}.{f}": x for s, c in SECTIONS.items() for f, field in c.model_fields.items()
              for x in literals(field.annotation)}
-    assert found == {"model.name": ("unet",),
+    assert found == {"model.name": ("unet",), "model.resample": ("conv", "pool", "residual"),
+                     "model.norm": ("group", "layer", "rms", "instance", "batch"),
                      "data.crop": ("center", "random", "none"),
                      "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
-                     "training.precision": ("fp32", "bf16", "fp16")}
+                     "training.precision": ("auto", "fp32", "bf16", "fp16"),
+                     "sampling.sample_precision": ("auto", "fp32", "bf16", "fp16")}
     assert set(found["model.name"]) == {n for n, network in NETWORKS.items()
                                         if network.config is SECTIONS["model"]}
 

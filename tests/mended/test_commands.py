@@ -521,11 +521,12 @@ def test_the_place_of_samples_is_checked(run, tmp_path, command):
 @pytest.mark.parametrize("null, shape", [(torch.tensor([1., 2.]), (3, 2)), (5., (3,))])
 def test_a_network_without_labels_is_given_its_null(null, shape):
     for cond in (null, {"a": null}):
-        found = cli._condition(SimpleNamespace(null_cond=cond), None, 3)
+        found = cli._condition(SimpleNamespace(null_cond=cond), {}, 3)
         found = found["a"] if isinstance(cond, dict) else found
         assert found.shape == shape and (found == torch.as_tensor(null)).all()
-    assert cli._condition(SimpleNamespace(null_cond=None), None, 3) is None
-    assert cli._condition(SimpleNamespace(null_cond=-1), [2, 0, -1], 3).tolist() == [2, 0, -1]
+    assert cli._condition(SimpleNamespace(null_cond=None), {}, 3) is None
+    labels = {"label": torch.tensor([2, 0, -1])}
+    assert cli._condition(SimpleNamespace(null_cond=-1), labels, 3).tolist() == [2, 0, -1]
 
 
 def test_the_best_and_the_seed(run, tmp_path, command, monkeypatch):
