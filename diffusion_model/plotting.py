@@ -44,11 +44,11 @@ def _pixels(x: Any) -> np.ndarray:  # (B, H, W, 3) uint8
 
 
 def image_grid(
-    x: Any,            # tensor or array (B, C, H, W): float in [-1, 1], or uint8; C > 3: first three
+    x: Any,            # tensor or array (B, C, H, W): floats in [-1, 1], or uint8
     ncol: int = None,  # images a row; default: as square as it gets
     pad: int = 2,      # white pixels between images
 ) -> np.ndarray:       # (rows, columns, 3) uint8
-    "All images of a batch in one picture, row by row."
+    "All images of a batch in one picture, row by row; of more than three channels the first three."
     x = _pixels(x)
     n, h, w, _ = x.shape
     ncol = min(n, ncol or int(np.ceil(n**0.5)))

@@ -235,7 +235,13 @@ def find_columns(
 # %% ../nbs/23_sources.ipynb #61d1aa87
 class HubImages:
     "Reads the i-th image of a data set of that library, and prepares it."
-    def __init__(self, ds, column: str, transform, name: str):
+    def __init__(
+        self,
+        ds: Any,         # that library's Dataset
+        column: str,     # of the images
+        transform: Any,  # has `prepare` and `channels`
+        name: str,       # of the data set, for errors
+    ):
         self.ds, self.column = ds.select_columns([column]), column
         self.transform, self.name = transform, name
 
@@ -269,7 +275,7 @@ def describe(self: HubImages, indices: Tensor) -> dict:
     return {"digest": total.hexdigest()}
 
 # %% ../nbs/23_sources.ipynb #b380f923
-def hub_conditions(ds, columns: dict[str, str], classes: list | None = None) -> Found:
+def hub_conditions(ds: Any, columns: dict[str, str], classes: list | None = None) -> Found:
     "Labels and captions of a data set of that library; `classes`: of its training part."
     labels = captions = None
     if "label" in columns:

@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion_model import sources
 from diffusion_model.captions import Vocabulary
 from diffusion_model.config import DataConfig
+from diffusion_model.counters import counter_uniform
 from diffusion_model.dataset import (ArraySource, LazySource, compare_data,
                                      create_dataset, create_loader, cut_parts, describe_data,
                                      draw_shapes, labels_of, split_train)
@@ -375,6 +376,24 @@ def test_local_files(tmp_path, kind):
 
 
 @hub
+def test_another_data_set_is_noticed(tmp_path):
+    names = {}
+    for name, ds in (("a", table()), ("again", table()), ("b", table(30, 1)), ("c", table(29))):
+        ds.save_to_disk(tmp_path/name)
+        data = config(dataset="hf:disk", root=str(tmp_path/name))
+        names[name] = describe_data(create_dataset(data))
+    assert compare_data(names["a"], names["again"]) == []
+    for other in ("b", "c"): assert len(compare_data(names["a"], names[other])) >= 3
+    known = [sources.HubImages(ds, "picture", None, "x").describe(torch.arange(20))
+             for ds in (table(), table(), table(30, 1))]
+    assert known[0] == known[1] != known[2]
+    one = table().map(lambda row, i: {"text": "moon"} if i == 3 else row, with_indices=True)
+    one.save_to_disk(tmp_path/"text")
+    changed = describe_data(create_dataset(data.model_copy(update={"root": str(tmp_path/"text")})))
+    assert compare_data(names["a"], changed)
+
+
+@hub
 def test_a_folder_of_parquet_with_parts(tmp_path):
     table().to_parquet(tmp_path/"train-00000-of-00001.parquet")
     table(8, 30).to_parquet(tmp_path/"test-00000-of-00001.parquet")
@@ -519,6 +538,14 @@ def test_a_hole_is_a_rectangle_that_depends_on_seed_and_position():
     assert not torch.equal(other(x, torch.arange(200))[:, 3], hole)
 
 
+def test_where_a_hole_is_says_nothing_about_how_the_image_is_cut_or_mirrored():
+    data, n = DataConfig(image_condition="inpainting", image_size=16), 2000
+    hole = create_image_condition(data)(torch.zeros(n, 3, 16, 16), torch.arange(n))[:, 3]
+    sizes = torch.stack([hole.amax(2).sum(1), hole.amax(1).sum(1)])
+    coins = counter_uniform(data.data_seed, "augment", torch.arange(n), 2).T
+    assert torch.corrcoef(torch.cat([sizes, coins]))[:2, 2:].abs().max() < 4/n**0.5
+
+
 def test_a_small_copy_has_lost_what_is_fine_and_kept_what_is_coarse():
     data = DataConfig(image_condition="low_resolution", image_condition_factor=4, image_size=32)
     make = create_image_condition(data)
@@ -527,6 +554,8 @@ def test_a_small_copy_has_lost_what_is_fine_and_kept_what_is_coarse():
     assert inside.abs().max() < 0.05
     chess = ((torch.arange(32)[:, None] + torch.arange(32)) % 2*2. - 1).expand(1, 3, 32, 32)
     assert make(chess, torch.zeros(1)).abs().max() < 0.05
+    noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert make(noise, torch.zeros(4)).std() < 0.3  # each pixel is a mean of some sixteen
     same = create_image_condition(data.model_copy(update={"image_condition_factor": 1}))
     assert (same(line, torch.zeros(1)) - line).abs().max() < 1e-5
     tiny = create_image_condition(data.model_copy(update={"image_condition_factor": 256}))
@@ -543,6 +572,13 @@ def test_a_sketch_is_lines_on_white_whatever_the_normalisation():
         assert (lines[std][..., 7:9] == -1).all() and (lines[std][..., :7] == 1).all()
         assert (lines[std][..., 9:] == 1).all()
     assert torch.equal(lines[0.5], lines[1.])
+    data = DataConfig(image_condition="sketch", image_size=16)
+    upright, across = (create_image_condition(data)(y*2 - 1, torch.zeros(1)) for y in (x, x.mT))
+    assert torch.equal(across, upright.mT)          # both directions count alike
+    other = create_image_condition(data.model_copy(update={"mean": 0., "std": 1.}))
+    faint = other(x*0.1, torch.zeros(1))
+    assert torch.allclose(faint, create_image_condition(data)(x*0.2 - 1, torch.zeros(1)))
+    assert -1 < faint.min() < 1                     # pale lines where there is little to see
 
 
 @pytest.mark.parametrize("labelled", [True, False])
