@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser benchmarks classifiers clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks classifiers clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -63,10 +63,19 @@ docs: $(READY)  ## Build the documentation site (needs Quarto)
 browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without Chromium)
 	$(BIN)/python tests/browser.py $(ARGS)
 
-benchmarks: train  ## Measure solvers, trainer, data, judging and the quick start's images (about 27 minutes)
+# A word about the two: `bench` asks how fast we are, beside other libraries, each variant in turn;
+# `benchmarks` asks what solvers, saving, judging and the quick start cost and are worth.
+bench: $(READY)  ## Measure speed beside other libraries: training, sampling, data (within 15 minutes)
+	@$(BIN)/python -c 'from importlib.util import find_spec; \
+	  assert all(map(find_spec, ("diffusers", "denoising_diffusion_pytorch", "smalldiffusion")))' \
+	  2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	$(BIN)/python benchmarks/train.py --peers $(ARGS)
+	$(BIN)/python benchmarks/sample.py --peers $(ARGS)
+	$(BIN)/python benchmarks/data.py
+
+benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
-	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 

@@ -41,10 +41,13 @@ from diffusion_model.networks import create_network
 from diffusion_model.optimizer import create_optimizer
 
 
-def timed(call):
+def timed(call, *args):
     begin = time.perf_counter()
-    result = call()
+    result = call(*args)
     return result, time.perf_counter() - begin
+
+
+def take(batches, n): return [next(batches) for _ in range(n)]
 
 
 # -- arrays
@@ -86,15 +89,15 @@ def arrays(folder, args):
     for (work, (fields, steps)), size in itertools.product(WORK.items(), (64, 128, 256)):
         sets = create_dataset(DataConfig(channels=1, **where, **fields))
         loader = create_loader(sets.train, size, seed=0)
-        _, first = timed(lambda: loader.at(0))  # what is done once, is done here
+        _, first = timed(loader.at, 0)  # what is done once, is done here
         ours, step = iter(loader), 200*128//size
         raw = sets.train.source.images[sets.train.indices[:20_000]]
         theirs = iter(DataLoader(Peer(raw, steps), size, shuffle=True, drop_last=True))
-        for batches in (ours, theirs): [next(batches) for _ in range(3)]
+        for batches in (ours, theirs): take(batches, 3)
         rates = {"ours": [], "peer": []}
         for _ in range(args.rounds):
             for batches, n, key in ((ours, step, "ours"), (theirs, max(1, 512//size), "peer")):
-                _, took = timed(lambda: [next(batches) for _ in range(n)])
+                _, took = timed(take, batches, n)
                 rates[key].append(n*size/took)
         ours, peer = (statistics.median(r) for r in rates.values())
         ratio = statistics.median(a/b for a, b in zip(*rates.values()))
@@ -132,9 +135,9 @@ class Student:
         "The share of the time that it waits for n batches, and the seconds of a step."
         waited = worked = 0.
         for _ in range(n):
-            batch, took = timed(lambda: next(batches))
+            batch, took = timed(next, batches)
             waited += took
-            worked += timed(lambda: self.step(batch))[1]
+            worked += timed(self.step, batch)[1]
         return waited/(waited + worked), worked/n
 
 

@@ -257,7 +257,7 @@ def check(self: Conditions,
         _check_form(where, part, c, (n, *part.shape), size)
         if values and part.limits: _check_values(where, c, *part.limits)
 
-
+# %% ../nbs/13_conditions.ipynb #3e433685
 def _check_form(where, part, c, shape, size):
     "Numbers of the right type, in the right shape; None in `shape` is of any size, or `size`."
     if None in shape: shape = (*shape[:2], *(size or (None, None)))

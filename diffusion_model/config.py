@@ -239,10 +239,13 @@ class _Loop(_Section):
     label_dropout: Probability = Field(0.1, description="share of labels hidden, for guidance")
     seed: Seed = Field(0, description="of weights, order, noise, timesteps and dropout")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16, fp16: autocast; fp16 scales the loss")
-    channels_last: bool = Field(False, description="memory layout; measure before you choose")
-    compile: bool = Field(False, description="torch.compile the network: slow to start")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="bf16, fp16: autocast; auto: bf16 where the device has it")
+    channels_last: bool | None = Field(None, description="memory format; null: by the device")
+    compile: bool | None = Field(
+        None, description="torch.compile the network: slow to start; null: no")
+    keep_memory: bool | None = Field(
+        None, description="the allocator keeps what is freed; null: on a CPU")
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a better loss; null: never")
 
@@ -283,6 +286,8 @@ class SamplingConfig(_Section):
     clip_x0: bool = Field(True, description="clamp each guess of the image to the data's range")
     dynamic_threshold: float | None = Field(
         None, gt=0, le=1, description="share of pixels that must fit the range, instead of clip_x0")
+    sample_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the network's calls; fp32: the same images on any machine")
     num_samples: Count = Field(64, description="images")
     sample_batch_size: int = Field(64, ge=1, le=1_000_000, description="images at once")
 
@@ -418,6 +423,16 @@ def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
             "choose 1 (off)")
     return lines
 
+# %% ../nbs/20_config.ipynb #e3a0ebfd
+def _check_channels(data: DataConfig) -> list[str]:
+    "Pictures are grey or coloured, files may have alpha; only arrays can have any number."
+    files, pictures = data.dataset == "folder", data.dataset in KNOWN_CLASSES
+    wrong = files and data.channels > 4 or pictures and data.channels not in (1, 3)
+    if not wrong: return []
+    able = "1 to 4 (2 and 4 are with alpha)" if files else "1 (grey) or 3 (colour)"
+    return [f"data.channels: found {data.channels}; {data.dataset} has {able}: choose one of "
+            "these, or dataset 'arrays', which takes any number"]
+
 
 def _check_batches(data: DataConfig, training: TrainingConfig) -> list[str]:
     "A batch comes from the data, and a part of a batch holds an image at least."
@@ -438,7 +453,7 @@ _CLASHES = ((_check_network, ("model", "data")), (_check_signal, ("diffusion",))
             (_check_weighting, ("diffusion",)), (_check_betas, ("diffusion",)),
             (_check_sampling, ("diffusion", "sampling")),
             (_check_labels, ("model", "data", "training", "sampling")),
-            (_check_batches, ("data", "training")))
+            (_check_channels, ("data",)), (_check_batches, ("data", "training")))
 
 
 def _check_all(sections: dict) -> list[str]:
@@ -705,13 +720,18 @@ def _value(section: type, name: str, text: str):
     except (yaml.YAMLError, ConfigError): return text
 
 # %% ../nbs/20_config.ipynb #ca6d2f86
+def _is_switch(section: type, field: str) -> bool:
+    "Is it true or false (or left open)?"
+    return _allowed_in(section, field).startswith("true or false")
+
+
 def _locate_switch(name: str, sections: dict) -> tuple[str, str, bool]:
     "(section, field, False), or for `no-name`, where it is true or false, (section, field, True)."
     try: return *_locate(name, sections), False
     except ConfigError as error: unknown = error
     if name.startswith(("no-", "no_")):
         section, field = _locate(name[3:], sections)
-        if _allowed_in(sections[section], field) == "true or false": return section, field, True
+        if _is_switch(sections[section], field): return section, field, True
     raise unknown
 
 
@@ -729,9 +749,8 @@ def _take(words: list[str], sections: dict) -> tuple[str, str, object]:
     if negated and equals: raise ConfigError([
         f"{name}: found the value {text!r}; it takes none: say --{name}, or --{name[3:]}={text}"])
     if negated: return section, field, False
-    is_switch = _allowed_in(sections[section], field) == "true or false"
-    if not equals and is_switch and not (follows and words[0].lower() in ("true", "false")):
-        return section, field, True
+    said = follows and words[0].lower() in ("true", "false", "null")
+    if not equals and _is_switch(sections[section], field) and not said: return section, field, True
     if not equals and not follows: raise ConfigError([f"{section}.{field}: needs a value"])
     return section, field, _value(sections[section], field, text if equals else words.pop(0))
 

@@ -141,12 +141,13 @@ LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue are to us (ITU-R 
 
 
 def with_channels(
-    x: Tensor,      # float (N, C, H, W), C 1 or 3
+    x: Tensor,      # float (N, C, H, W); of two channels the first counts, of more the first three
     channels: int,  # 1 or 3
 ) -> Tensor:        # float (N, channels, H, W)
     "Grey pictures as three equal channels, or colours as their brightness. Raises `ValueError`."
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(
-        f"images: found shape {tuple(x.shape)}; allowed: (N, C, H, W) with C 1 or 3")
+    if x.ndim != 4: raise ValueError(
+        f"images: found shape {tuple(x.shape)}; allowed: (N, C, H, W)")
+    x = x[:, :1] if x.shape[1] < 3 else x[:, :3]  # no network of these knows alpha or other bands
     if x.shape[1] == channels: return x
     if channels == 3: return x.expand(-1, 3, -1, -1)
     return (x*x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)

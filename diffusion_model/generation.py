@@ -6,8 +6,9 @@
 __all__ = ['load_network', 'load_denoiser', 'Drawn', 'generate']
 
 # %% ../nbs/40_generation.ipynb #757012b8
+import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from .denoiser import Cond, Denoiser, DenoiserLike, create_denoiser, map_cond
 from .networks import create_network
 from .sampler import create_sampler
 from .space import create_space
+from .speed import autocast, choose_precision, for_drawing
 
 # %% ../nbs/40_generation.ipynb #abb508b7
 def load_network(
@@ -91,6 +93,19 @@ def _draw(sampler, denoiser, space, shape, keep, tick, **where) -> tuple[Tensor,
         "(NaN or infinite); use precision fp32, another solver, or another checkpoint")
     return space.decode(state.x).cpu(), film
 
+# %% ../nbs/40_generation.ipynb #3104ada4
+def _prepared(denoiser: DenoiserLike, precision: str) -> tuple[DenoiserLike, Callable]:
+    "The denoiser with a network that only draws, and what to call it in; yours is left as it is."
+    weights = [*denoiser.network.parameters()] if type(denoiser) is Denoiser else []
+    if not weights: return denoiser, contextlib.nullcontext
+    device = weights[0].device
+    precision = choose_precision(precision, device)
+    call_in = partial(autocast, precision, device)
+    if device.type != "cpu" and precision == "fp32": return denoiser, call_in
+    fast = Denoiser(for_drawing(denoiser.network, precision), denoiser.schedule,
+                    denoiser.prediction, denoiser.sigma_data)
+    return fast.eval(), call_in
+
 # %% ../nbs/40_generation.ipynb #32d8107e
 def _smaller(size: int) -> int:
     "Half of a batch that did not fit into memory."
@@ -126,15 +141,17 @@ def generate(
 ) -> Iterator[Drawn]:
     "Draw images batch by batch, in smaller batches where memory runs out. Raises ValueError."
     s, space = sampling or denoiser.config.sampling, space or denoiser.space
+    denoiser, precision = _prepared(denoiser, s.sample_precision)
     _checked_count(cond, n)
     sampler, size, done = create_sampler(s, space.range), s.sample_batch_size, 0
     with tqdm(total=n*s.steps, unit="step", desc="sampling", disable=not progress) as bar:
         while done < n:
             last = min(done + size, n)
             part = map_cond(partial(_rows, done, last), cond)
-            try: images, film = _draw(
-                sampler, denoiser, space, (last - done, *space.shape), 0 if done else keep,
-                bar.update, cond=part, seed=seed, first=first + done)
+            try:
+                with precision(): images, film = _draw(
+                    sampler, denoiser, space, (last - done, *space.shape), 0 if done else keep,
+                    bar.update, cond=part, seed=seed, first=first + done)
             except torch.OutOfMemoryError: size = _smaller(last - done)
             else:
                 yield Drawn(first + done, images, film)

@@ -37,7 +37,7 @@ from .evaluation import METRICS, Evidence, score
 from .features import Features, create_features, features_for
 from .generation import generate
 from .processes import World
-from .space import Pixels
+from .space import Pixels, to_uint8
 from .transforms import as_channels, create_transform, to_tensor
 
 # %% ../nbs/41_judge.ipynb #a949536b
@@ -109,13 +109,18 @@ def folder_images(
 
     def read(first, last):
         for at in torch.arange(first, last).split(batch_size):
-            x = [read_image(paths[i], lambda image: to_tensor(image, channels)) for i in at]
+            x = [read_image(paths[i], lambda image: _as_bytes(image, channels)) for i in at]
             yield torch.stack(x), labels[at] if (labels >= 0).any() else None
     return Images(str(folder), len(paths), (channels, h, w), read, _digest_files(paths))
 
 # %% ../nbs/41_judge.ipynb #58e49ae3
-def _array_in(file: Path, option: str) -> np.ndarray:
-    "The array of a .npy or .npz file. Raises ValueError."
+def _as_bytes(image: Image.Image, channels: int) -> Tensor:  # uint8; of deeper pictures the nearest
+    x = to_tensor(image, channels)
+    return x if x.dtype == torch.uint8 else to_uint8(x, 0., 1.)
+
+
+def _array_in(file: Path, option: str, known: Sequence[int]) -> np.ndarray:
+    "The array of a .npy or .npz file, its channels (one of these numbers) second."
     try: found = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error: raise ValueError(
         f"{option}: {file} is not a readable .npy or .npz file ({error})") from error
@@ -130,7 +135,7 @@ def _array_in(file: Path, option: str) -> np.ndarray:
         f"{option}: {file} holds {found.dtype} of shape {found.shape}; allowed: uint8 (N, H, W), "
         "(N, H, W, C) or (N, C, H, W)")
     if found.ndim == 3: return found[:, None]
-    return found if found.shape[1] in (1, 3) else found.transpose(0, 3, 1, 2)
+    return found if found.shape[1] in known else found.transpose(0, 3, 1, 2)
 
 # %% ../nbs/41_judge.ipynb #950f9948
 def array_images(
@@ -138,10 +143,12 @@ def array_images(
 ) -> Images:
     "The images of a .npy or .npz file, bytes. Raises ValueError."
     file = Path(file).expanduser()
-    array = _array_in(file, option)
+    known = (1, 3) if channels in (None, 1, 3) else (channels,)
+    array = _array_in(file, option, known)
     channels = channels or array.shape[1]
-    if array.shape[1] not in (1, 3): raise ValueError(
-        f"{option}: {file} holds images of {array.shape[1]} channels; 1 or 3 are known")
+    if array.shape[1] not in known: raise ValueError(
+        f"{option}: {file} holds images of {array.shape[1]} channels; "
+        f"{' or '.join(map(str, known))} are known")
 
     def read(first, last):
         for at in range(first, last, batch_size):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from .dit_config import DiTConfig
 from .unet_config import UNetConfig
 
 # %% ../nbs/12_networks.ipynb #828b1274
@@ -25,8 +26,13 @@ def _unet(model, shape):
     return create_unet(model, shape)
 
 
+def _dit(model, shape):
+    from diffusion_model.dit import create_dit
+    return create_dit(model, shape)
+
+
 #: name -> Network; `model.name` of a config
-NETWORKS = {"unet": Network(UNetConfig, _unet)}
+NETWORKS = {"unet": Network(UNetConfig, _unet), "dit": Network(DiTConfig, _dit)}
 
 # %% ../nbs/12_networks.ipynb #6f3247a4
 def find_network(

@@ -28,6 +28,7 @@ from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .processes import (
     World, catch_signals, device_generator, main_first, report_lost_process)
+from .speed import autocast, choose_levers, disagreement, keep_memory
 from .tracking import Trackers, create_trackers, record_start, run_lock, warn_safely
 
 # %% ../nbs/31_training.ipynb #bd5fb406
@@ -46,7 +47,8 @@ class Trainer:
         t, self.step, self.device = cfg.training, 0, self.world.device
         self.stop, self.stopped_by = False, None  # set by a callback; by a signal
         self.validation, self.notes = None, []    # (step, loss) of the last one; of `resume`
-        self.rate = partial(learning_rate, training=t)
+        self.rate, self.levers = partial(learning_rate, training=t), choose_levers(t, self.device)
+        self.trusted = t.precision != "auto" or self.levers.precision == "fp32"  # else: checked
         self.run_dir = Path(cfg.logging.output_dir).expanduser()
         self.loader = create_loader(
             self.datasets.train, t.batch_size, t.seed, rank=self.world.rank, world=self.world.size,
@@ -62,16 +64,16 @@ class Trainer:
 def _create(self: Trainer, t, network):
     "The objective, its averages, and what moves it."
     torch.manual_seed(t.seed)
-    layout = torch.channels_last if t.channels_last else torch.contiguous_format
+    layout = torch.channels_last if self.levers.channels_last else torch.contiguous_format
     objective = create_objective(self.cfg, self.datasets, network)
     self.objective = objective.to(self.device, memory_format=layout)
     self.emas = create_emas(t, objective.averaged)
     self.ema = self.emas["ema"]
     self.optimizer = create_optimizer(t, objective)
-    if t.compile:
+    if self.levers.compile:
         for module in objective.networks.values(): module.compile()
     self.learner = self.world.wrap(objective)
-    self.scaler = torch.amp.GradScaler(self.device.type, enabled=t.precision == "fp16")
+    self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.levers.precision == "fp16")
     self.generator = device_generator(self.device)
 
 # %% ../nbs/31_training.ipynb #0f0c42a5
@@ -87,12 +89,11 @@ def _counted(cfg: Config, images: int) -> Config:
 def backward(self: Trainer, batch: Batch) -> Tensor:  # (B,) losses of this process's samples
     "Gradients of the batch's mean loss, summed over parts and averaged over processes."
     t, world, losses = self.cfg.training, self.world, []
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision)
     for i, part in enumerate(batch.parts(t.accumulation)):
         with world.no_sync(self.learner, i < t.accumulation - 1):
             number = world.rank*t.accumulation + i  # of the part, among all processes'
             self.generator.manual_seed(hash((t.seed, self.step, number)) % 2**63)  # dropout's
-            with torch.autocast(self.device.type, low, low is not None):
+            with autocast(self.levers.precision, self.device):
                 loss = self.learner(part.or_zeros())[:len(part.images)]
             self.scaler.scale(loss.sum()*(world.size/t.batch_size)).backward()
         losses.append(loss.detach())
@@ -224,11 +225,36 @@ def _begin(self: Trainer, enter) -> list:
         self.trackers = enter(contextlib.closing(
             create_trackers(self.cfg, self.run_dir, self.step)))
     enter(_advice(self))
+    if self.levers.keep_memory: keep_memory()
+    self._check_precision()
     self.objective.train()
     self.stop = False
     caught = enter(catch_signals())
     for callback in sorted(self.callbacks, key=lambda c: c.order): callback.begin(self)
     return caught
+
+# %% ../nbs/31_training.ipynb #e111a4c8
+@patch
+def _check_precision(self: Trainer):
+    "Fall back to fp32, with a warning, where half precision was chosen for us and does not agree."
+    if self.trusted: return
+    batch, low = self.loader.at(self.step).rows(slice(8)).to(self.device), self.levers.precision
+    why = disagreement(self.objective, batch, low) if len(batch.images) else None
+    (wrong,) = self.world.max(why is not None)
+    self.trusted = True
+    if not wrong: return
+    self.levers = self.levers._replace(precision="fp32")
+    why = why or f"{low} does not agree with fp32, as another process finds"
+    if self.world.main: warn_safely(f"training.precision: {why}; going on in fp32")
+
+
+@patch
+def _keep_precision(self: Trainer, then: str):
+    "Where the precision is left open, it stays what it was, if this device has it."
+    now = self.levers.precision
+    if self.cfg.training.precision != "auto": return
+    if then in ("fp32", now): self.levers, self.trusted = self.levers._replace(precision=then), True
+    else: self.notes.append(f"training.precision: was {then}, and this device has {now}")
 
 # %% ../nbs/31_training.ipynb #0a66093a
 @patch
@@ -250,7 +276,7 @@ def save(self: Trainer) -> Path | None:
     return save_checkpoint(
         self.run_dir, self.step, self.objective.networks, self.emas, self.optimizer, self.cfg,
         extra={"callbacks": remembered(self.callbacks), "scaler": self.scaler.state_dict(),
-               "data": self.data},
+               "data": self.data, "precision": self.levers.precision},
         classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints,
         keep_best=self.cfg.logging.keep_best, score=score if step == self.step else None,
         network_name=self.objective.network_name,
@@ -283,6 +309,7 @@ def resume(self: Trainer,
     window = {"losses": saved.get("window", []), "skipped": 0}  # all that version 0.1.0 kept
     remind(self.callbacks, saved.get("callbacks", {"Log": window}))
     self.step = checkpoint.step
+    self._keep_precision(saved.get("precision", "fp32"))
     return changes
 
 # %% ../nbs/31_training.ipynb #3aaeaab8

@@ -148,6 +148,9 @@ def test_the_last_override_wins():
     (["--image_size", "[32, 5000]"], "data.image_size: found [32, 5000]"),
     (["--image_size", "32x64"], "data.image_size: found '32x64'"),
     (["--image_size", "0"], "data.image_size: found 0; allowed: a whole number >= 1"),
+    (["--channels", "4"], "data.channels: found 4; CIFAR10 has 1 (grey) or 3 (colour)"),
+    (["--channels", "2", "--dataset", "shapes"], "found 2; shapes has 1 (grey) or 3 (colour)"),
+    (["--channels", "5", "--dataset", "folder"], "found 5; folder has 1 to 4"),
     (["--channels", "0"], "data.channels: found 0; allowed: a whole number >= 1"),
     (["--caption_words", "3"], "data.caption_words: found 3; allowed: a whole number >= 4"),
     (["--image_condition", "sketches"], "one of none, low_resolution, inpainting, sketch"),
@@ -160,6 +163,8 @@ def test_refused(words, says):
     {"schedule": "cosine", "timesteps": 30, "steps": 30}, {"batch_size": 8, "accumulation": 8},
     {"dataset": "shapes", "train_size": 128}, {"train_size": 5},  # CIFAR10's size is its own
     {"guidance_interval": [0, 1]}, {"timesteps": 21, "steps": 10}, {"num_classes": 10},
+    {"dataset": "folder", "channels": 4}, {"dataset": "folder", "channels": 2},
+    {"dataset": "arrays", "channels": 7}, {"dataset": "hf:x", "channels": 7},
     {"beta_start": 0.02}, {"dataset": "folder", "num_classes": 7}, {"eta": 1, "solver": "ddim"}])
 def test_the_edges_of_what_is_allowed(words): load_config("default", words)
 
@@ -247,7 +252,7 @@ SHORT = {
     "training": (
         "objective max_steps epochs batch_size accumulation ema_decay "
         "ema_sigma_rel ema_more label_dropout seed device precision channels_last "
-        "compile patience learning_rate optimizer beta1 beta2 weight_decay "
+        "compile keep_memory patience learning_rate optimizer beta1 beta2 weight_decay "
         "lr_schedule warmup_steps lr_step_size lr_gamma min_lr_ratio "
         "max_grad_norm"
     ),
@@ -260,7 +265,7 @@ SHORT = {
     "sampling": (
         "solver steps spacing eta churn churn_min churn_max churn_noise "
         "guidance_scale guidance_rescale guidance_interval clip_x0 "
-        "dynamic_threshold num_samples sample_batch_size"
+        "dynamic_threshold sample_precision num_samples sample_batch_size"
     ),
     "diffusion": (
         "schedule timesteps beta_start beta_end betas zero_terminal_snr sigma_min "
@@ -351,7 +356,8 @@ def test_literals_are_what_their_readers_know():
                      "model.norm": ("group", "layer", "rms", "instance", "batch"),
                      "data.crop": ("center", "random", "none"),
                      "data.bad_images": ("error", "skip"), "data.if_changed": ("error", "accept"),
-                     "training.precision": ("fp32", "bf16", "fp16")}
+                     "training.precision": ("auto", "fp32", "bf16", "fp16"),
+                     "sampling.sample_precision": ("auto", "fp32", "bf16", "fp16")}
     assert set(found["model.name"]) == {n for n, network in NETWORKS.items()
                                         if network.config is SECTIONS["model"]}
 

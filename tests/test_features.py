@@ -152,7 +152,13 @@ def test_brightness_is_pillows():
     assert (ours - torch.tensor(pillow)).abs().max() <= 1
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
+@pytest.mark.parametrize("channels, seen", [(2, [0, 0, 0]), (4, [0, 1, 2]), (6, [0, 1, 2])])
+def test_bands_that_no_network_knows_are_left_out(channels, seen):
+    x = torch.randint(0, 256, (3, channels, 32, 32), dtype=torch.uint8)
+    assert torch.equal(shipped("shapes-a")(x), shipped("shapes-a")(x[:, seen]))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(8, 8, dtype=torch.uint8),
                                     torch.zeros(3, 8, 8, dtype=torch.uint8)])
 def test_shapes_that_are_refused(images):
     with pytest.raises(ValueError, match=r"images: found shape .* allowed: \(N, C, H, W\)"):

@@ -231,7 +231,17 @@ def test_every_phony_target_has_a_rule():
 def test_make_measures_every_benchmark():
     text = (ROOT/"Makefile").read_text()
     for path in (ROOT/"benchmarks").glob("*.py"):
-        assert f"benchmarks/{path.name}" in text, f"make benchmarks leaves {path.name} out"
+        if 'if __name__ == "__main__"' not in path.read_text(): continue  # what scripts share
+        assert f"benchmarks/{path.name}" in text, f"make leaves {path.name} out"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_benchmarks_name_no_machine(path):
+    "They run anywhere: no path of one machine; and they say at the top how to start them."
+    text = path.read_text()
+    found = re.search(r"[\"' (](/(?:home|tmp|root|Users|work|mnt)/[^\"' )]*)", text)
+    assert not found, f"benchmarks/{path.name} names a path of one machine: {found[1]}"
+    if 'if __name__ == "__main__"' in text: assert f"python benchmarks/{path.name}" in text
 
 
 # -- mistakes to plant

@@ -27,7 +27,8 @@ SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",
 
 
 def small(folder, **change):
-    return load_config("quickstart", SMALL | {"output_dir": str(folder)} | change)
+    exact = {"output_dir": str(folder), "precision": "fp32", "sample_precision": "fp32"}
+    return load_config("quickstart", SMALL | exact | change)
 
 
 def test_status(tmp_path):
