@@ -149,7 +149,7 @@ def test_the_warm_up_is_not_timed():
         start = 0
         def __iter__(self): yield from range(self.start, 100)
     trainer = SimpleNamespace(
-        objective=SimpleNamespace(train=lambda: None), loader=Loader(), step=7, train_step=step,
+        loader=Loader(), step=7, train_step=step,
         world=SimpleNamespace(max=lambda value: [value]))
     times, loss = _timed_steps(trainer, most=4)
     assert steps == [7, 8, 9, 10, 11] and loss == 0.2 and max(times) < 0.2 and len(times) == 4
