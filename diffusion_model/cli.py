@@ -347,7 +347,7 @@ def _say_costs(trainer, say) -> int:
     if not hasattr(objective, "denoiser"): return 0  # what is not called as (x, time, cond)
     parts = t.accumulation*trainer.world.size
     costs = summary(objective.denoiser.network, objective.space.shape, -(-t.batch_size//parts),
-                    precision=t.precision, averages=len(trainer.emas),
+                    precision=trainer.levers.precision, averages=len(trainer.emas),
                     optimizer_values=_optimizer_values(t))
     say(costs)
     return 3*costs.flops
@@ -355,7 +355,6 @@ def _say_costs(trainer, say) -> int:
 # %% ../nbs/43_cli.ipynb #e40f72a1
 def _timed_steps(trainer, most: int = 8, seconds: float = 5.) -> tuple[list[float], float]:
     "Seconds of up to so many steps, after one that is not timed; and the loss of the last."
-    trainer.objective.train()
     trainer.loader.start, times, warm = trainer.step, [], False
     with contextlib.closing(iter(trainer.loader)) as batches:
         while len(times) < most and trainer.world.max(sum(times))[0] < seconds:
@@ -394,8 +393,13 @@ def rehearse(
 ) -> int:                    # exit code
     "A few steps that are thrown away: what a run will cost. Nothing is written."
     import torch
+
+    from diffusion_model.speed import keep_memory
     t = trainer.cfg.training
     flops = _say_costs(trainer, say) if trainer.world.main else 0
+    if trainer.levers.keep_memory: keep_memory()
+    trainer._check_precision()  # as a run does before its first step
+    trainer.objective.train()
     try: times, loss = _timed_steps(trainer)
     except torch.OutOfMemoryError as error: raise torch.OutOfMemoryError(
         f"no memory left on {trainer.device} for batch_size {t.batch_size} in {t.accumulation} "

@@ -136,6 +136,25 @@ def test_a_dry_run_of_a_resumed_run(trained):
     assert again.returncode == 2 and "already holds a run" in again.stderr  # as in a real run
 
 
+def test_the_warm_up_is_not_timed():
+    from types import SimpleNamespace
+
+    from diffusion_model.cli import _timed_steps
+    steps = []
+    def step(batch):
+        steps.append(batch)
+        time.sleep(0.3 if len(steps) == 1 else 0.001)
+        return {"loss": 1/len(steps)}
+    class Loader:
+        start = 0
+        def __iter__(self): yield from range(self.start, 100)
+    trainer = SimpleNamespace(
+        loader=Loader(), step=7, train_step=step,
+        world=SimpleNamespace(max=lambda value: [value]))
+    times, loss = _timed_steps(trainer, most=4)
+    assert steps == [7, 8, 9, 10, 11] and loss == 0.2 and max(times) < 0.2 and len(times) == 4
+
+
 def test_a_dry_run_of_two_processes(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
