@@ -655,6 +655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'diffusion_model.dit.modulated': ('dit.html#modulated', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.rope_angles': ('dit.html#rope_angles', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.rotate': ('dit.html#rotate', 'diffusion_model/dit.py'),
+                                     'diffusion_model.dit.softmax_attention': ('dit.html#softmax_attention', 'diffusion_model/dit.py'),
                                      'diffusion_model.dit.to_patches': ('dit.html#to_patches', 'diffusion_model/dit.py')},
             'diffusion_model.dit_config': { 'diffusion_model.dit_config.DiTConfig': ( 'dit_config.html#ditconfig',
                                                                                       'diffusion_model/dit_config.py'),
