@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .conditions import Conditions
 from .denoiser import Cond
-from .dit_config import DiTConfig, _nearest
-from .unet import attention, timestep_embedding
+from .dit_config import DiTConfig
+from .unet import _zero, softmax_attention, timestep_embedding
+from .unet_config import nearest_sizes
 
 # %% ../nbs/11_dit.ipynb #3f34c45d
 def to_patches(
@@ -97,7 +98,7 @@ class RotaryAttention(nn.Module):
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (rotate(norm(z), *turn).to(v.dtype)
                 for norm, z in ((self.norm_q, q), (self.norm_k, k)))
-        out = attention(q, k, v, mask)
+        out = softmax_attention(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 # %% ../nbs/11_dit.ipynb #c4e0bb51
@@ -129,11 +130,6 @@ def modulated(
     "Adaptive RMS norm: each word at size 1, then scaled and shifted as the time says."
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)*(1 + scale) + shift
 
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    "The layer, starting at zero."
-    for p in layer.parameters(): nn.init.zeros_(p)
-    return layer
 
 # %% ../nbs/11_dit.ipynb #f7947854
 class DiTBlock(nn.Module):
@@ -293,8 +289,8 @@ def _check_input(self: DiT, x: Tensor, cond: Cond) -> None:
     wrong, p = [s for s in x.shape[2:] if s % self.patch_size], self.patch_size
     if wrong and not self.pad: raise ValueError(
         f"image size {wrong[0]}: this transformer cuts images into patches of {p}, so sizes are "
-        f"multiples of {p}; the nearest: {_nearest(wrong[0], p)}. Resize (data.image_size), or pad "
-        "(model.pad: true)")
+        f"multiples of {p}; the nearest: {nearest_sizes(wrong[0], p)}. Resize (data.image_size), "
+        "or pad (model.pad: true)")
     self.conditions.check(cond, len(x), x.shape[2:])
 
 # %% ../nbs/11_dit.ipynb #97b0bf96

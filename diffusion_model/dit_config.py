@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field
 
 from .condition_config import ConditionConfig, check_conditions
+from .unet_config import nearest_sizes
 
 # %% ../nbs/11_dit_config.ipynb #572aa757
 class DiTConfig(BaseModel):
@@ -37,11 +38,6 @@ class DiTConfig(BaseModel):
         False, description="compute blocks twice in training, and hold one at a time")
 
 # %% ../nbs/11_dit_config.ipynb #ae410521
-def _nearest(size: int, unit: int) -> str:
-    "The multiples of `unit` on both sides of `size`."
-    return " or ".join(str(s) for s in (size//unit*unit, -(-size//unit)*unit) if s)
-
-
 @patch
 def _check_sizes(self: DiTConfig, shape) -> list[str]:
     "What is cut into patches must be an image, and divide."
@@ -50,7 +46,7 @@ def _check_sizes(self: DiTConfig, shape) -> list[str]:
     wrong = [s for s in shape[1:] if s % self.patch_size]
     if self.pad or not wrong: return []
     return [f"data.image_size: found {wrong[0]}; patches of {self.patch_size} (model.patch_size) "
-            f"need a multiple of it: choose {_nearest(wrong[0], self.patch_size)}, another "
+            f"need a multiple of it: choose {nearest_sizes(wrong[0], self.patch_size)}, another "
             "patch_size, or model.pad: true"]
 
 
@@ -64,5 +60,5 @@ def check(
     if self.width % unit: lines.append(
         f"model.width: found {self.width}; {self.heads} heads (model.heads), each of whose "
         f"channels are divided into four, need a multiple of {unit}: choose "
-        f"{_nearest(self.width, unit)}")
+        f"{nearest_sizes(self.width, unit)}")
     return lines + check_conditions(self.num_classes, self.conditions, self.width)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'WHOLE', 'TEXTS', 'LOCAL', 'PARTS', 'IMAGE_CONDITIONS', 'channels_last', 'ArrayImages', 'open_arrays',
            'Found', 'found_in', 'conditions', 'find_columns', 'HubImages', 'hub_conditions', 'open_hub',
-           'ImageCondition', 'low_resolution', 'inpainting', 'sketch', 'ImageConditioner', 'create_image_condition']
+           'ImageConditionMaker', 'low_resolution', 'inpainting', 'sketch', 'ImageConditioner',
+           'create_image_condition']
 
 # %% ../nbs/23_sources.ipynb #b0bda5c2
 import contextlib
@@ -364,7 +365,7 @@ def _splits(found: dict, name: str) -> dict:
     return parts
 
 # %% ../nbs/23_sources.ipynb #544f138c
-class ImageCondition(NamedTuple):
+class ImageConditionMaker(NamedTuple):
     "How an image is made from another, and what it needs for that."
     make: Callable | None  # (images (B, C, H, W), u (B, numbers) in [0, 1), data) -> (B, c, H, W)
     channels: Callable[[int], int] | int  # C -> c, or c
@@ -401,10 +402,10 @@ def sketch(images: Tensor, u: Tensor, data: Any) -> Tensor:  # (B, 1, H, W) in [
 
 
 #: name -> how it is made; `data.image_condition` of a config
-IMAGE_CONDITIONS = {"none": ImageCondition(None, 0),
-                    "low_resolution": ImageCondition(low_resolution, lambda c: c),
-                    "inpainting": ImageCondition(inpainting, lambda c: c + 1, 4),
-                    "sketch": ImageCondition(sketch, 1)}
+IMAGE_CONDITIONS = {"none": ImageConditionMaker(None, 0),
+                    "low_resolution": ImageConditionMaker(low_resolution, lambda c: c),
+                    "inpainting": ImageConditionMaker(inpainting, lambda c: c + 1, 4),
+                    "sketch": ImageConditionMaker(sketch, 1)}
 
 # %% ../nbs/23_sources.ipynb #abe541ca
 class ImageConditioner:

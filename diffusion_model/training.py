@@ -28,7 +28,7 @@ from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .processes import (
     World, catch_signals, device_generator, main_first, report_lost_process)
-from .speed import autocast, choose_levers, disagreement, keep_memory
+from .speed import autocast, checked, choose_levers, keep_memory, resumed
 from .tracking import Trackers, create_trackers, record_start, run_lock, warn_safely
 
 # %% ../nbs/31_training.ipynb #bd5fb406
@@ -236,25 +236,10 @@ def _begin(self: Trainer, enter) -> list:
 # %% ../nbs/31_training.ipynb #e111a4c8
 @patch
 def _check_precision(self: Trainer):
-    "Fall back to fp32, with a warning, where half precision was chosen for us and does not agree."
-    if self.trusted: return
-    batch, low = self.loader.at(self.step).rows(slice(8)).to(self.device), self.levers.precision
-    why = disagreement(self.objective, batch, low) if len(batch.images) else None
-    (wrong,) = self.world.max(why is not None)
+    "Is the precision that was chosen for us good for this network? See `speed.checked`."
+    batch = None if self.trusted else self.loader.at(self.step).rows(slice(8)).to(self.device)
+    if batch: self.levers = checked(self.levers, self.objective, batch, self.world)
     self.trusted = True
-    if not wrong: return
-    self.levers = self.levers._replace(precision="fp32")
-    why = why or f"{low} does not agree with fp32, as another process finds"
-    if self.world.main: warn_safely(f"training.precision: {why}; going on in fp32")
-
-
-@patch
-def _keep_precision(self: Trainer, then: str):
-    "Where the precision is left open, it stays what it was, if this device has it."
-    now = self.levers.precision
-    if self.cfg.training.precision != "auto": return
-    if then in ("fp32", now): self.levers, self.trusted = self.levers._replace(precision=then), True
-    else: self.notes.append(f"training.precision: was {then}, and this device has {now}")
 
 # %% ../nbs/31_training.ipynb #0a66093a
 @patch
@@ -292,7 +277,7 @@ def resume(self: Trainer,
     path: Path | str,  # a run directory (its newest valid checkpoint) or a step directory
 ) -> dict:     # {"section.field": (then, now)}: what the config changed since
     "Go on where a checkpoint stands. Raises where network, diffusion or data are other ones."
-    checkpoint = load_checkpoint(path, self.device)
+    checkpoint, t = load_checkpoint(path, self.device), self.cfg.training
     changes, saved = config_diff(checkpoint.config, self.cfg), checkpoint.trainer
     fixed = [f"{k}: was {a!r} in {checkpoint.path}, is {b!r} now" for k, (a, b) in changes.items()
              if k.startswith(_FIXED)]
@@ -309,7 +294,8 @@ def resume(self: Trainer,
     window = {"losses": saved.get("window", []), "skipped": 0}  # all that version 0.1.0 kept
     remind(self.callbacks, saved.get("callbacks", {"Log": window}))
     self.step = checkpoint.step
-    self._keep_precision(saved.get("precision", "fp32"))
+    self.levers, kept = resumed(self.levers, t.precision, saved.get("precision", "fp32"))
+    self.trusted = self.trusted or kept
     return changes
 
 # %% ../nbs/31_training.ipynb #3aaeaab8

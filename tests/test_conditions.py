@@ -8,7 +8,7 @@ from torch import nn
 from diffusion_model.condition_config import (
     ImageCondition, LabelCondition, TextCondition, TokenCondition, VectorCondition,
     check_conditions)
-from diffusion_model.conditions import EMBEDDERS, NO_CAPTION, Conditions
+from diffusion_model.conditions import EMBEDDERS, _NO_CAPTION, Conditions
 from diffusion_model.denoiser import Denoiser
 from diffusion_model.guidance import check_cond, drop_cond, guided
 from diffusion_model.scheduler import FlowSchedule
@@ -42,7 +42,7 @@ def test_every_kind_has_an_embedder():
 def test_what_it_says(every):
     assert (every.num_classes, every.image_channels) == (3, 2)
     assert every.has_tokens and every.has_vector
-    assert every.null_cond["label"] == -1 and NO_CAPTION == 2
+    assert every.null_cond["label"] == -1 and _NO_CAPTION == 2
     assert every.null_cond["caption"].tolist() == [2, 0, 0, 0, 0]
     for name, shape in {"place": (2,), "told": (4, 6), "image": (2, 1, 1)}.items():
         assert torch.equal(every.null_cond[name], torch.zeros(shape))

@@ -496,7 +496,7 @@ def test_a_toy_network_is_refused_like_others(toy, words, says):
 
 def test_a_network_that_is_not_registered(write):
     "Known names, how to register one, and the other errors all the same; nothing is imported."
-    for name in ("dit", "os.path", "5"):
+    for name in ("mamba", "os.path", "5"):
         found = lines("default", ["--model.name", name, "--lerning_rate", "1", "--image_size",
                                   "28"])
         assert len(found) == 2 and "did you mean training.learning_rate?" in found[1]
@@ -504,10 +504,10 @@ def test_a_network_that_is_not_registered(write):
                      "from diffusion_model.networks import NETWORKS",
                      f"NETWORKS['{name}'] = Network("):
             assert part in found[0]
-    saved = yaml.safe_dump(old(model={"name": "dit", "depth": 12}))
+    saved = yaml.safe_dump(old(model={"name": "mamba", "depth": 12}))
     with pytest.raises(ConfigError) as error: load_saved_config(write(saved))
-    assert len(error.value.lines) == 1 and "NETWORKS['dit']" in error.value.lines[0]
-    with pytest.raises(ValueError, match="NETWORKS"): Config(model={"name": "dit"})
+    assert len(error.value.lines) == 1 and "NETWORKS['mamba']" in error.value.lines[0]
+    with pytest.raises(ValueError, match="NETWORKS"): Config(model={"name": "mamba"})
     for name in ("[1]", "null", "{a: 1}"):
         assert "known are unet" in lines(write(f"model: {{name: {name}}}"))[0]
 

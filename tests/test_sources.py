@@ -14,7 +14,7 @@ from diffusion_model.counters import counter_uniform
 from diffusion_model.dataset import (ArraySource, LazySource, compare_data,
                                      create_dataset, create_loader, cut_parts, describe_data,
                                      draw_shapes, labels_of, split_train)
-from diffusion_model.sources import (ArrayImages, IMAGE_CONDITIONS, ImageCondition, channels_last,
+from diffusion_model.sources import (ArrayImages, IMAGE_CONDITIONS, ImageConditionMaker, channels_last,
                                      create_image_condition, found_in, open_arrays)
 from diffusion_model.transforms import create_transform
 
@@ -608,10 +608,10 @@ def test_names_that_clash_and_names_that_nobody_knows(tmp_path, monkeypatch):
         create_dataset(data.model_copy(update={"image_condition": "sketch"}))
     with pytest.raises(ValueError, match="known are none, low_resolution"):
         create_image_condition(data.model_copy(update={"image_condition": "sktch"}))
-    monkeypatch.setitem(IMAGE_CONDITIONS, "grey", ImageCondition(
+    monkeypatch.setitem(IMAGE_CONDITIONS, "grey", ImageConditionMaker(
         lambda x, u, data: x.mean(1, keepdim=True), 1))
     assert create_image_condition(DataConfig(image_condition="grey")).channels == 1
-    monkeypatch.setitem(IMAGE_CONDITIONS, "twice", ImageCondition(
+    monkeypatch.setitem(IMAGE_CONDITIONS, "twice", ImageConditionMaker(
         lambda x, u, data: torch.cat([x, x + u[:, :1, None, None]], 1), lambda c: 2*c, 1))
     sets = create_dataset(DataConfig(dataset="shapes", train_size=9, image_condition="twice"))
     assert whole(sets.train).cond["image"].shape == (9, 6, 32, 32)

@@ -639,7 +639,7 @@ def test_help_shows_the_fields_of_the_network_that_is_named(monkeypatch, command
         command.train(*words.split(), "--help")
         assert command.code == 0 and "--model.width" in command.out
         assert "--model.base_channels" not in command.out
-    for words in ([], ["--model.name", "dit"], ["--model.name"], ["--project", "toy"]):
+    for words in ([], ["--model.name", "mamba"], ["--model.name"], ["--project", "toy"]):
         command.train(*words, "--help")
         assert command.code == 0 and "--model.base_channels" in command.out
 
