@@ -96,7 +96,7 @@ def ours(device: str, size: str, batch: int, precision: str | None = None,
     trainer = Trainer(cfg, data_of(cfg, batch), callbacks=[])
     trainer.objective.train()
     if trainer.levers.keep_memory: keep_memory()  # this and the check, as `Trainer.fit` begins
-    trainer._check_precision()
+    trainer.check_precision()
     levers, network = trainer.levers, trainer.objective.networks["model"]
     layout = torch.channels_last if levers.channels_last else torch.contiguous_format
     x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device, layout)

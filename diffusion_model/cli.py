@@ -398,7 +398,7 @@ def rehearse(
     t = trainer.cfg.training
     flops = _say_costs(trainer, say) if trainer.world.main else 0
     if trainer.levers.keep_memory: keep_memory()
-    trainer._check_precision()  # as a run does before its first step
+    trainer.check_precision()  # as a run does before its first step
     trainer.objective.train()
     try: times, loss = _timed_steps(trainer)
     except torch.OutOfMemoryError as error: raise torch.OutOfMemoryError(

@@ -734,7 +734,7 @@ def _locate_switch(name: str, sections: dict) -> tuple[str, str, bool]:
         if _is_switch(sections[section], field): return section, field, True
     raise unknown
 
-
+# %% ../nbs/20_config.ipynb #55111f3b
 def _take(words: list[str], sections: dict) -> tuple[str, str, object]:
     "Take one override from the front of the words: (section, field, value). Raises `ConfigError`."
     word = words.pop(0)

@@ -162,7 +162,7 @@ def on_cpu_channels_last(
     return (x.device.type == "cpu" and not x.is_contiguous()
             and x.is_contiguous(memory_format=torch.channels_last))
 
-
+# %% ../nbs/10_norms.ipynb #f7534743
 def _is_lean(x: Tensor, weight: Tensor) -> bool:
     "Is the lean way the quicker one, or the one that keeps less?"
     if not on_cpu_channels_last(x) or x.dtype == torch.float64: return False

@@ -38,7 +38,7 @@ def _loss_and_gradient(objective: nn.Module, batch: Any, precision: str):
     grads = torch.autograd.grad(loss, weights, allow_unused=True)
     return loss.detach(), torch.cat([g.float().flatten() for g in grads if g is not None])
 
-
+# %% ../nbs/29_speed.ipynb #2865067e
 def disagreement(
     objective: nn.Module,  # has `loss(batch) -> (B,)`
     batch: Any,            # a few samples, as the objective takes them
@@ -144,7 +144,7 @@ class _PackedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, *self.where, "none", [], "")
 
-
+# %% ../nbs/29_speed.ipynb #68441962
 def _packable(module: nn.Module) -> bool:
     "Is it a plain convolution, on a CPU whose library packs kernels?"
     return (type(module) is nn.Conv2d and module.weight.device.type == "cpu"

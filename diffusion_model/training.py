@@ -172,7 +172,8 @@ def fit(self: Trainer) -> "Trainer":
         batches = iter(self.loader)
         while self.step < last and not (number or stop):
             start = time.perf_counter()
-            metrics = self.train_step(next(batches))
+            batch, there = next(batches), time.perf_counter()
+            metrics = self.train_step(batch) | {"waited": there - start}
             metrics["seconds"] = time.perf_counter() - start
             self._after_step(metrics)
             number, stop = self.world.max(caught[0] if caught else 0, self.stop)
@@ -226,19 +227,19 @@ def _begin(self: Trainer, enter) -> list:
             create_trackers(self.cfg, self.run_dir, self.step)))
     enter(_advice(self))
     if self.levers.keep_memory: keep_memory()
-    self._check_precision()
+    self.check_precision()
     self.objective.train()
     self.stop = False
     caught = enter(catch_signals())
     for callback in sorted(self.callbacks, key=lambda c: c.order): callback.begin(self)
     return caught
 
-# %% ../nbs/31_training.ipynb #e111a4c8
+# %% ../nbs/31_training.ipynb #15a41121
 @patch
-def _check_precision(self: Trainer):
+def check_precision(self: Trainer):
     "Is the precision that was chosen for us good for this network? See `speed.checked`."
-    batch = None if self.trusted else self.loader.at(self.step).rows(slice(8)).to(self.device)
-    if batch: self.levers = checked(self.levers, self.objective, batch, self.world)
+    few = None if self.trusted else self.loader.at(self.step).rows(slice(8)).to(self.device)
+    if few: self.levers = checked(self.levers, self.objective, few, self.world)
     self.trusted = True
 
 # %% ../nbs/31_training.ipynb #0a66093a

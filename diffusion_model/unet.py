@@ -164,7 +164,7 @@ def _side_by_side(y: Tensor) -> Tensor:  # (B, 4*O, H + 1, W + 1) -> (B, O, 2*H,
     both = torch.stack([row(0), row(1)], dim=2)             # (B, H, 2, W, 2, O)
     return both.reshape(b, 2*h - 2, 2*w - 2, -1).permute(0, 3, 1, 2)
 
-
+# %% ../nbs/10_unet.ipynb #95a10de7
 class Upsample(nn.Module):
     "Twice the resolution: pixels repeated, then a convolution."
     def __init__(self, channels: int):
@@ -184,7 +184,7 @@ class Upsample(nn.Module):
         small.bias.data = self.conv.bias.repeat(4)
         return _Drawn(small)
 
-
+# %% ../nbs/10_unet.ipynb #13c7269e
 class _Drawn(nn.Module):
     "`Upsample` with its four kernels."
     def __init__(self, conv: nn.Conv2d):
@@ -460,7 +460,8 @@ def _check_size(self: UNet, height: int, width: int) -> None:
     wrong = {f"{side} {s}": s for side, s in (("height", height), ("width", width))
              if s % self.stride or not s}
     if self.pad or not wrong: return
-    near = ", ".join(f"{name}: {nearest_sizes(max(s, 1), self.stride)}" for name, s in wrong.items())
+    near = ", ".join(f"{name}: {nearest_sizes(max(s, 1), self.stride)}"
+                     for name, s in wrong.items())
     raise ValueError(
         f"image size {height}×{width}: this U-Net shrinks images {self.stride} times, so sizes are "
         f"multiples of {self.stride}; the nearest for {near}. Resize (data.image_size), use fewer "

@@ -68,7 +68,8 @@ def _check_sizes(self: UNetConfig, shape) -> list[str]:
     sides = {"": height} if height == width else {"height ": height, "width ": width}
     return [
         f"data.image_size: found {side}{size}; {levels} levels (model.channel_multipliers) and "
-        f"patch_size {self.patch_size} need a multiple of {unit}: choose {nearest_sizes(size, unit)}, "
+        f"patch_size {self.patch_size} need a multiple of {unit}: choose "
+        f"{nearest_sizes(size, unit)}, "
         "fewer levels, or model.pad: true"
         for side, size in sides.items() if size % unit and not self.pad]
 

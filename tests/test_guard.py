@@ -202,7 +202,7 @@ def test_the_core_is_small():
 
 def test_the_loop_is_small_and_knows_no_image():
     text = MODULES["training"].read_text()
-    assert text.count("\n") <= 300, f"training.py has {text.count(chr(10))} lines of 300"
+    assert text.count("\n") <= 320, f"training.py has {text.count(chr(10))} lines of 320"
     assert not re.findall(r"unet|Pixels|labels", text)
 
 
