@@ -26,7 +26,8 @@ class Callback:
     order: int = MEASURES  # what kind of thing it does, and so when it is called within a step
 
     # `trainer`: a `training.Trainer`, or anything that has what a callback asks of it.
-    # `metrics`: of this step; loss, lr, grad_norm, skipped (images), seconds.
+    # `metrics`: of this step; loss, lr, grad_norm, skipped (images), seconds,
+    # and of these waited for data.
     def begin(self, trainer: Any) -> None: "Before the first step."
     def after_step(self, trainer: Any, metrics: dict) -> None: "After each step."
     def end(self, trainer: Any) -> None: "After the last step, or the one of a signal."
@@ -44,23 +45,25 @@ class Log(Callback):
 
     def __init__(self, every: int):
         self.every, self.state = every, {"losses": [], "skipped": 0}
-        self._seconds, self._images = 0., 0
+        self._seconds, self._waited, self._images = 0., 0., 0
 
     def after_step(self, trainer: Any, metrics: dict) -> None:
         losses = self.state["losses"]
         losses.append(metrics["loss"])
         self.state["skipped"] += metrics["skipped"]
         self._seconds += metrics["seconds"]
+        self._waited += metrics.get("waited", 0.)
         self._images += trainer.cfg.training.batch_size - metrics["skipped"]
         if not _due(self.every, trainer): return
         values = {"loss": sum(losses)/len(losses), "lr": metrics["lr"],
                   "grad_norm": metrics["grad_norm"],
-                  "images_per_second": self._images/self._seconds}
+                  "images_per_second": self._images/self._seconds,
+                  "data_wait": self._waited/self._seconds}
         if self.state["skipped"]: values["skipped"] = self.state["skipped"]
         trainer.trackers.log(trainer.step, values)
         trainer.write_status("running", trainer.step, **values)
         self.state = {"losses": [], "skipped": 0}
-        self._seconds, self._images = 0., 0
+        self._seconds, self._waited, self._images = 0., 0., 0
 
     def end(self, trainer: Any) -> None:
         metrics = read_metrics(trainer.run_dir) if trainer.world.main else []

@@ -122,7 +122,7 @@ def count_activations(
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x)
     with _untouched(network), torch.autocast(x.device.type, low, low is not None), hooks, \
          _watched(network, lambda: kept.bytes, depth) as calls:
-        out = network(x, *rest)  # as long as this is there, so is what was kept
+        _out = network(x, *rest)  # as long as this is there, so is what was kept
     return kept.bytes, calls
 
 # %% ../nbs/14_summary.ipynb #95fe4182

@@ -31,7 +31,8 @@ def some(n=4):
             "caption": torch.randint(3, 20, (n, 5)), "told": torch.randn(n, 4, 6),
             "image": torch.randn(n, 2, 8, 12)}
     cond["caption"][0, 3:], cond["told"][0, 2:] = 0, 0
-    return drop_cond(cond, (torch.arange(n) < n - 1).float(), 0.5, Conditions(0, KINDS, 16).null_cond)
+    null = Conditions(0, KINDS, 16).null_cond
+    return drop_cond(cond, (torch.arange(n) < n - 1).float(), 0.5, null)
 
 
 def test_every_kind_has_an_embedder():
@@ -204,7 +205,8 @@ def test_refusals(every, change, says):
 def test_refusals_of_the_makes():
     labelled, nothing = Conditions(2, {}, 8), Conditions(0, {}, 8)
     for cond in (None, {"label": torch.zeros(1).long()}):
-        with pytest.raises(ValueError, match="knows 2 classes .* pass cond"): labelled.check(cond, 1)
+        with pytest.raises(ValueError, match="knows 2 classes .* pass cond"):
+            labelled.check(cond, 1)
     with pytest.raises(ValueError, match="labels: found shape .2,., int64; allowed: shape .1,."):
         labelled.check(torch.zeros(2).long(), 1)
     nothing.check(None, 1)

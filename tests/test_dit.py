@@ -1,4 +1,4 @@
-"The transformer against independent formulations, with any shape and condition, and by the commands."
+"The transformer against independent formulations, with any shape and condition; by commands."
 import copy, json
 
 import pytest

@@ -14,8 +14,9 @@ from diffusion_model.counters import counter_uniform
 from diffusion_model.dataset import (ArraySource, LazySource, compare_data,
                                      create_dataset, create_loader, cut_parts, describe_data,
                                      draw_shapes, labels_of, split_train)
-from diffusion_model.sources import (ArrayImages, IMAGE_CONDITIONS, ImageConditionMaker, channels_last,
-                                     create_image_condition, found_in, open_arrays)
+from diffusion_model.sources import (
+    IMAGE_CONDITIONS, ArrayImages, ImageConditionMaker, channels_last, create_image_condition,
+    found_in, open_arrays)
 from diffusion_model.transforms import create_transform
 
 try: import datasets

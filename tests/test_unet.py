@@ -205,7 +205,8 @@ def test_starts_at_zero_and_learns_everywhere(name):
         if not seen: assert not out.any() and out.shape == x.shape
         adam.zero_grad()
         (out - noise).square().mean().backward()
-        seen.append({n for n, p in network.named_parameters() if p.grad is not None and p.grad.any()})
+        seen.append({n for n, p in network.named_parameters()
+                     if p.grad is not None and p.grad.any()})
         adam.step()
     assert seen[0] == {"conv_out.weight", "conv_out.bias"}
     assert seen[2] == {n for n, _ in network.named_parameters()}
