@@ -73,11 +73,12 @@ bench: $(READY)  ## Measure speed beside other libraries: training, sampling, da
 	$(BIN)/python benchmarks/sample.py --peers $(ARGS)
 	$(BIN)/python benchmarks/data.py
 
-benchmarks: train  ## Measure solvers, the trainer, judging and the quick start's images (about 25 minutes)
+benchmarks: train  ## Measure solvers, the trainer, judging, the quick start and its stem (about 35 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/preset.py
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)

@@ -76,7 +76,7 @@ def data_of(cfg, batch: int):
     drawn = create_dataset(cfg.data.model_copy(update={"dataset": "shapes"}))
     classes = getattr(cfg.model, "num_classes", 0)
     made = torch.Generator().manual_seed(0)
-    shape = (max(batch, 16), cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    shape = (max(batch, 16), *cfg.data.shape)
     images = torch.randint(0, 256, shape, generator=made, dtype=torch.uint8)
     names = [str(i) for i in range(classes or KNOWN_CLASSES["shapes"])]
     labels = torch.arange(len(images)) % len(names)

@@ -715,7 +715,7 @@ def _kinds(denoiser) -> dict:
 def _drawn_before(folder: Path) -> list[Path]:
     "The files of an earlier sampling."
     return [p for p in folder.glob("*") if re.fullmatch(
-        r"(\d{5,}(_.*)?|grid|\.part)\.png|film\.gif|captions\.jsonl", p.name)]
+        r"(\d{5,}(_.*)?|\.part)\.(png|npy)|grid\.png|film\.gif|captions\.jsonl", p.name)]
 
 
 def _new_folder(folder: Path) -> Path:
@@ -761,8 +761,8 @@ def _stoppable():
 
 def _write_image(image, file: Path) -> None:
     "One image as a PNG file, whole or not at all."
-    from diffusion_model.plotting import save_grid
-    save_grid(image, file.with_name(".part.png"), pad=0)
+    from diffusion_model.plotting import save_image
+    made = save_image(image, file.with_name(".part.png"))
     os.replace(file.with_name(".part.png"), file)
 
 # %% ../nbs/43_cli.ipynb #aa24120a

@@ -38,7 +38,8 @@ def test_shipped_configs(name, tmp_path):
 
 
 def test_shipped_are_five():
-    assert list_configs() == ["cifar10", "default", "fashion_mnist", "image_folder", "quickstart"]
+    assert list_configs() == ["cifar10", "default", "fashion_mnist", "image_folder", "quickstart",
+                              "super_resolution"]
 def test_defaults_equal_the_file(): assert load_config("default") == Config()
 
 

@@ -113,7 +113,7 @@ def test_a_base_is_looked_for_beside_its_file_first(write, tmp_path, monkeypatch
     ("training.max_grad_norm", "1e400", "inf", "a finite number >= 0"),
     ("diffusion.sigma_max", "1e400", "inf", "a finite number > 0"),
     ("sampling.churn_max", "1e400", "inf", "a finite number > 0"),
-    ("sampling.guidance_interval", "[0, 1e400]", "inf", "a list, each a finite number >= 0"),
+    ("sampling.guidance_interval", "[0, 1e400]", "inf", "a list of 2, each a finite number >= 0"),
     ("training.epochs", "1e300", "1e+300", "<= 1000000"),
     ("training.max_steps", "1" + "0"*15, "1" + "0"*15, "<= 1000000000"),
     ("training.max_steps", "9"*5000, "(5002 characters)", "a whole number >= 1"),
