@@ -95,8 +95,8 @@ def ours(device: str, size: str, batch: int, precision: str | None = None,
     cfg = config_of(size, batch, {"device": device} | more)
     trainer = Trainer(cfg, data_of(cfg, batch), callbacks=[])
     trainer.objective.train()
-    if trainer.levers.keep_memory: keep_memory()  # this and the check, as `Trainer.fit` begins
-    trainer.check_precision()
+    trainer.check_precision()  # this, and what follows, as `Trainer.fit` begins
+    if trainer.levers.keep_memory: keep_memory()
     levers, network = trainer.levers, trainer.objective.networks["model"]
     layout = torch.channels_last if levers.channels_last else torch.contiguous_format
     x, t, noise = batch_of(*trainer.objective.space.shape[:2], batch, device, layout)

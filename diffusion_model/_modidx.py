@@ -1503,6 +1503,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'diffusion_model/speed.py'),
                                        'diffusion_model.speed._PackedConv.forward': ( 'speed.html#_packedconv.forward',
                                                                                       'diffusion_model/speed.py'),
+                                       'diffusion_model.speed._cosine': ('speed.html#_cosine', 'diffusion_model/speed.py'),
                                        'diffusion_model.speed._loss_and_gradient': ( 'speed.html#_loss_and_gradient',
                                                                                      'diffusion_model/speed.py'),
                                        'diffusion_model.speed._or': ('speed.html#_or', 'diffusion_model/speed.py'),

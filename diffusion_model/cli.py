@@ -397,8 +397,8 @@ def rehearse(
     from diffusion_model.speed import keep_memory
     t = trainer.cfg.training
     flops = _say_costs(trainer, say) if trainer.world.main else 0
-    if trainer.levers.keep_memory: keep_memory()
     trainer.check_precision()  # as a run does before its first step
+    if trainer.levers.keep_memory: keep_memory()
     trainer.objective.train()
     try: times, loss = _timed_steps(trainer)
     except torch.OutOfMemoryError as error: raise torch.OutOfMemoryError(

@@ -15,7 +15,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/29_speed.ipynb #b9f95caf
@@ -32,11 +31,17 @@ def autocast(
 
 
 def _loss_and_gradient(objective: nn.Module, batch: Any, precision: str):
-    "In float32: the mean loss of a batch, and its gradient as one vector."
+    "In float32: the mean loss of a batch, and its gradient, a piece for each weight."
     weights = [p for p in objective.parameters() if p.requires_grad]
     with autocast(precision, weights[0].device): loss = objective.loss(batch).float().mean()
     grads = torch.autograd.grad(loss, weights, allow_unused=True)
-    return loss.detach(), torch.cat([g.float().flatten() for g in grads if g is not None])
+    return loss.detach(), [g.float() for g in grads if g is not None]
+
+
+def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    "Of two vectors that lie in pieces; 1 where the first is zero."
+    dot = lambda x, y: sum((p*q).sum(dtype=torch.float64) for p, q in zip(x, y)).item()
+    return dot(a, b)/max((dot(a, a)*dot(b, b))**0.5, 1e-300) if dot(a, a) else 1.
 
 # %% ../nbs/29_speed.ipynb #2865067e
 def disagreement(
@@ -49,8 +54,8 @@ def disagreement(
     objective.eval()  # no dropout
     try: (a, g), (b, h) = (_loss_and_gradient(objective, batch, p) for p in ("fp32", precision))
     finally: objective.train(training)
-    if not (a.isfinite() and g.isfinite().all()): return None  # not the precision's fault
-    cosine = F.cosine_similarity(g, h, dim=0).item() if g.any() else 1.
+    if not (a.isfinite() and all(p.isfinite().all() for p in g)): return None  # not its fault
+    cosine = _cosine(g, h)
     if abs(b - a) <= 0.05*abs(a) and cosine >= 0.9: return None
     return (f"{precision} does not agree with fp32 for this network: loss {b:.4g}, not {a:.4g}; "
             f"cosine of the gradients {cosine:.3f}")
@@ -135,12 +140,14 @@ class _PackedConv(nn.Module):
         super().__init__()
         self.where = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
         self.kernel, self.bias, self.packed = conv.weight.detach(), conv.bias, None
+        self.dtype = self.kernel.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.kernel.dtype, memory_format=torch.channels_last)
+        x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.kernel, *self.where, list(x.shape))
+            self.kernel = None  # one of them is enough
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, *self.where, "none", [], "")
 
@@ -171,13 +178,15 @@ def for_drawing(
     network: nn.Module,
     precision: str = "fp32",  # fp32, bf16 or fp16: what it is called in, see `autocast`
 ) -> nn.Module:               # in evaluation mode; knows no gradient
-    "A copy of a network that gives the same answers, sooner."
-    fast = copy.deepcopy(network).eval().requires_grad_(False)
-    for module in fast.modules():
-        module._compiled_call_impl = None  # what was compiled belongs to the original
+    "A copy of a network that gives the same answers, sooner. Weights that stay are not copied."
+    known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear) and precision in _LOW:
-            module.to(_LOW[precision])
-    if all(p.device.type == "cpu" for p in fast.parameters()):
-        fast = fast.to(memory_format=torch.channels_last)
+            for p in module.parameters(recurse=False):
+                known[id(p)] = nn.Parameter(p.detach().to(_LOW[precision]), requires_grad=False)
+    fast = copy.deepcopy(network, known).eval()
+    for module in fast.modules(): module._compiled_call_impl = None  # that is the original's
+    if all(p.device.type == "cpu" for p in network.parameters()):
         _pack(fast)
+        fast = fast.to(memory_format=torch.channels_last)
     return fast

@@ -226,8 +226,8 @@ def _begin(self: Trainer, enter) -> list:
         self.trackers = enter(contextlib.closing(
             create_trackers(self.cfg, self.run_dir, self.step)))
     enter(_advice(self))
-    if self.levers.keep_memory: keep_memory()
     self.check_precision()
+    if self.levers.keep_memory: keep_memory()  # from now on: what the check used is given back
     self.objective.train()
     self.stop = False
     caught = enter(catch_signals())
