@@ -40,9 +40,10 @@ def judge(run: Path, samples: int) -> dict[str, float]:
     "FD through each network, and its floor."
     subprocess.run([sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
                     "import sys; sys.exit(c())", "--checkpoint", str(run), "--num_samples",
-                    str(samples), "--metrics", "fd", "--features", ",".join(EYES)],
+                    str(samples), "--metrics", "fd", "--features", ",".join(EYES),
+                    "--output_dir", str(run/"judged")],
                    check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((run/"evaluation"/"report.json").read_text())
+    report = json.loads((run/"judged"/"report.json").read_text())
     return {line["eye"].split("@")[0]: (line["value"], line["ratio"])
             for line in report["results"] if line["metric"] == "fd"}
 

@@ -760,10 +760,10 @@ def _stoppable():
 
 
 def _write_image(image, file: Path) -> None:
-    "One image as a PNG file, whole or not at all."
+    "One image as a PNG file (more than 4 channels: .npy), whole or not at all."
     from diffusion_model.plotting import save_image
     made = save_image(image, file.with_name(".part.png"))
-    os.replace(file.with_name(".part.png"), file)
+    os.replace(made, file.with_suffix(made.suffix))
 
 # %% ../nbs/43_cli.ipynb #aa24120a
 GRID = 64  # images of the grid
@@ -794,7 +794,7 @@ def write_samples(
                     if i < GRID: first.append(np.asarray(image))
                     done += 1
     except _Stopped as signalled: stopped = signalled.args[0]
-    (folder/".part.png").unlink(missing_ok=True)
+    for part in folder.glob(".part.*"): part.unlink()
     if first: save_grid(np.stack(first), folder/"grid.png")
     if film: save_film(film, folder/"film.gif", scale=3)
     return done, stopped
