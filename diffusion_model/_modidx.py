@@ -1518,7 +1518,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'diffusion_model.speed.for_drawing': ('speed.html#for_drawing', 'diffusion_model/speed.py'),
                                        'diffusion_model.speed.has_bf16': ('speed.html#has_bf16', 'diffusion_model/speed.py'),
                                        'diffusion_model.speed.keep_memory': ('speed.html#keep_memory', 'diffusion_model/speed.py'),
-                                       'diffusion_model.speed.resumed': ('speed.html#resumed', 'diffusion_model/speed.py')},
+                                       'diffusion_model.speed.kept_levers': ('speed.html#kept_levers', 'diffusion_model/speed.py')},
             'diffusion_model.summary': { 'diffusion_model.summary.Row': ('summary.html#row', 'diffusion_model/summary.py'),
                                          'diffusion_model.summary.Summary': ('summary.html#summary', 'diffusion_model/summary.py'),
                                          'diffusion_model.summary.Summary.__str__': ( 'summary.html#summary.__str__',

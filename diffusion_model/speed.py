@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['autocast', 'disagreement', 'keep_memory', 'Levers', 'has_bf16', 'choose_levers', 'choose_precision', 'checked',
-           'resumed', 'for_drawing']
+           'kept_levers', 'for_drawing']
 
 # %% ../nbs/29_speed.ipynb #f0d8f727
 import contextlib
@@ -124,7 +124,7 @@ def checked(
     return levers._replace(precision="fp32")
 
 
-def resumed(
+def kept_levers(
     levers: Levers,
     wanted: str,  # `training.precision`
     then: str,    # what the run was trained in: fp32, bf16 or fp16

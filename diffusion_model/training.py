@@ -28,7 +28,7 @@ from .optimizer import (
     create_optimizer, learning_rate, restore_optimizer, set_learning_rate)
 from .processes import (
     World, catch_signals, device_generator, main_first, report_lost_process)
-from .speed import autocast, checked, choose_levers, keep_memory, resumed
+from .speed import autocast, checked, choose_levers, keep_memory, kept_levers
 from .tracking import Trackers, create_trackers, record_start, run_lock, warn_safely
 
 # %% ../nbs/31_training.ipynb #bd5fb406
@@ -295,7 +295,7 @@ def resume(self: Trainer,
     window = {"losses": saved.get("window", []), "skipped": 0}  # all that version 0.1.0 kept
     remind(self.callbacks, saved.get("callbacks", {"Log": window}))
     self.step = checkpoint.step
-    self.levers, kept = resumed(self.levers, t.precision, saved.get("precision", "fp32"))
+    self.levers, kept = kept_levers(self.levers, t.precision, saved.get("precision", "fp32"))
     self.trusted = self.trusted or kept
     return changes
 

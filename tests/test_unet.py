@@ -350,7 +350,7 @@ def test_channels_last_gives_the_same():
     same = network(x, t)
     last = torch.channels_last
     lasting = network.to(memory_format=last)(x.contiguous(memory_format=last), t)
-    assert torch.allclose(same, lasting, atol=1e-5)
+    assert (same - lasting).abs().max() < 1e-5*same.abs().max()
 
 
 @pytest.mark.parametrize("name", ["ddpm", "adm", "told", "pool", "deep"])
