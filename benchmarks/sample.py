@@ -127,9 +127,7 @@ def line(p: Player, base: Player | None, best: Player | None, limits: dict, devi
 
 def show(players: list[Player], limits: dict, device: str) -> None:
     "The table of one size and number of images."
-    base = next((p for p in players if p.variant.name == SHIPPED and p.seconds), None)
-    best = turns.quickest([p for p in players if p.variant.make is diffusers])
-    best = None if best is base else best
+    base, best = turns.compared(players, SHIPPED, diffusers)
     head = ["sampling", "M params", "in", "ms a step", "to begin, ms", "× shipped", "× its best",
             "GFLOP/s", "of limit", "peak MB", "× peak", "own MB"]
     turns.table(head, [line(p, base, best, limits, device) for p in players])

@@ -315,6 +315,13 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
+def compared(players: list[Player], shipped: str, make) -> tuple[Player | None, Player | None]:
+    "Whom ratios are taken to: the peer as shipped, and the peer at its best if that is another."
+    base = next((p for p in players if p.variant.name == shipped and p.seconds), None)
+    best = quickest([p for p in players if p.variant.make is make])
+    return base, None if best is base else best
+
+
 def say_failures(players: list[Player]) -> None:
     for p in players:
         if p.failed: print(f"{p.variant.name}: {p.failed}", flush=True)
