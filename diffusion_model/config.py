@@ -465,8 +465,8 @@ def _check_latents(data: DataConfig) -> list[str]:
 
 def _check_clamping(data: DataConfig, sampling: SamplingConfig) -> list[str]:
     "Nothing is known about the values of latents."
-    return [f"sampling.{field}: found {getattr(sampling, field)} with space 'latents', whose values "
-            f"have no range to be clamped to: choose {off}"
+    return [f"sampling.{field}: found {getattr(sampling, field)} with space 'latents', whose "
+            f"values have no range to be clamped to: choose {off}"
             for field, off in (("clip_x0", "false"), ("dynamic_threshold", "null"))
             if data.space == "latents" and getattr(sampling, field)]
 
