@@ -442,7 +442,7 @@ def save_checkpoint(
     score: float = None,     # validation loss at this step, lower is better; None: not known
     network_name: str = None,  # the class of a network of the user's own; None: `config.model`'s
     vocabulary: Any = None,  # a `captions.Vocabulary`, or its words: so that prompts can be read
-    architectures: Mapping = None,  # name of a further network -> plain values that say how to build it
+    architectures: Mapping = None,  # of networks no config describes: plain values, by name
 ) -> Path:                   # the step directory, whole; `wait_for_checkpoints` for durable
     "Write one checkpoint so that, whatever happens, the run keeps a whole one."
     failed, root = _failure(), Path(run_dir)/"checkpoints"

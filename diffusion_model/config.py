@@ -437,7 +437,7 @@ def _check_channels(data: DataConfig) -> list[str]:
     return [f"data.channels: found {data.channels}; {data.dataset} has {able}: choose one of "
             "these, or dataset 'arrays', which takes any number"]
 
-
+# %% ../nbs/20_config.ipynb #0e96624d
 def _check_objective(model: BaseModel, training: TrainingConfig, data: DataConfig) -> list[str]:
     "An autoencoder is trained to reconstruct images, and everything else is not."
     kinds = {"autoencoder": model.name == "autoencoder", "diffusion": model.name != "autoencoder"}
@@ -462,7 +462,7 @@ def _check_latents(data: DataConfig) -> list[str]:
             f"once: choose {' or '.join(allowed)}")
     return lines
 
-
+# %% ../nbs/20_config.ipynb #70ff39d7
 def _check_clamping(data: DataConfig, sampling: SamplingConfig) -> list[str]:
     "Nothing is known about the values of latents."
     return [f"sampling.{field}: found {getattr(sampling, field)} with space 'latents', whose "
@@ -470,7 +470,7 @@ def _check_clamping(data: DataConfig, sampling: SamplingConfig) -> list[str]:
             for field, off in (("clip_x0", "false"), ("dynamic_threshold", "null"))
             if data.space == "latents" and getattr(sampling, field)]
 
-
+# %% ../nbs/20_config.ipynb #81e52be5
 def _check_batches(data: DataConfig, training: TrainingConfig) -> list[str]:
     "A batch comes from the data, and a part of a batch holds an image at least."
     lines = []

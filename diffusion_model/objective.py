@@ -63,10 +63,9 @@ class Diffusion(Objective):
 
     def _described(self) -> nn.Module:
         "The network of the config, if it fits the space."
-        model, shape = self.cfg.model, self.space.shape
+        model, (shape, name) = self.cfg.model, (self.space.shape, self.cfg.data.space)
         lines = model.check(shape) if hasattr(model, "check") else []
-        if lines: raise ConfigError([f"space {self.cfg.data.space} of {shape}: {line}"
-                                     for line in lines])
+        if lines: raise ConfigError([f"space {name} of {shape}: {line}" for line in lines])
         return create_network(model, shape)
 
 # %% ../nbs/30_objective.ipynb #f1bed4a2
