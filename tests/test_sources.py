@@ -601,6 +601,7 @@ def test_the_condition_is_of_the_view_that_is_learned(folder, labelled):
             assert set(batch.cond) == ({"image", "label"} if labelled else {"image"})
             assert torch.equal(made[:, :3], batch.images*(1 - made[:, 3:]))
             assert len(made) == len(batch.positions) == len(batch.images)
+            assert torch.equal(made, create_image_condition(data)(batch.images, batch.positions))
 
 
 def test_names_that_clash_and_names_that_nobody_knows(tmp_path, monkeypatch):
