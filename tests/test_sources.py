@@ -672,7 +672,7 @@ def test_deep_pictures_of_a_folder_keep_their_levels_and_count_their_bytes(tmp_p
     assert set(corner.tolist()) <= set(range(6)) and len(corner.unique()) == len(x)
     source = sets.train.source
     assert source.kept == len(x)*64*4
-    lazy = LazySource(lambda i: torch.zeros(3, 8, 8), 9, keep=2*3*64*4)
+    lazy = LazySource(lambda i: torch.zeros(3, 8, 8), 9, keep=3*3*64*4 - 1)
     lazy.read(torch.arange(9))
     assert len(lazy.cache) == 2
 
