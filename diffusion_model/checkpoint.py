@@ -442,13 +442,15 @@ def save_checkpoint(
     score: float = None,     # validation loss at this step, lower is better; None: not known
     network_name: str = None,  # the class of a network of the user's own; None: `config.model`'s
     vocabulary: Any = None,  # a `captions.Vocabulary`, or its words: so that prompts can be read
+    architectures: Mapping = None,  # of networks no config describes: plain values, by name
 ) -> Path:                   # the step directory, whole; `wait_for_checkpoints` for durable
     "Write one checkpoint so that, whatever happens, the run keeps a whole one."
     failed, root = _failure(), Path(run_dir)/"checkpoints"
     final, unfinished = root/f"step_{step:08d}", root/f"step_{step:08d}.tmp"
     about = dict(step=step, classes=_words(classes), network_name=network_name,
                  vocabulary=_words(getattr(vocabulary, "words", vocabulary)),
-                 score=float(score) if score is not None and math.isfinite(score) else None)
+                 score=float(score) if score is not None and math.isfinite(score) else None,
+                 architectures=dict(architectures or {}))
     weights = {**_networks(network), **_averages(ema)}
     _write_safely(unfinished, weights, _to_resume(optimizer, extra), config, about)
     _install(unfinished, final)
@@ -575,6 +577,7 @@ class Checkpoint:
         self.files, self.score = manifest["files"], manifest.get("score")
         self.network_name = manifest.get("network_name")  # None: the network is config.model's
         self.vocabulary = manifest.get("vocabulary")      # the captions' words; None: no captions
+        self.architectures = manifest.get("architectures") or {}  # of networks no config describes
         names = [f.removesuffix(".safetensors") for f in self.files if _WEIGHTS.fullmatch(f)]
         self._read = _Lazy(names, lambda name: _read_weights(path/f"{name}.safetensors", device))
         averages = [name for name in names if _AVERAGE.fullmatch(f"{name}.safetensors")]

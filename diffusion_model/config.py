@@ -109,11 +109,11 @@ REGISTRIES = {
         "scheduler", "TIMESTEPS", ("uniform", "logit_normal", "log_normal")),
     "diffusion.loss_weighting": Registry(
         "denoiser", "WEIGHTINGS", ("uniform", "min_snr", "edm", "sigmoid")),
-    "training.objective": Registry("objective", "OBJECTIVES", ("diffusion",)),
+    "training.objective": Registry("objective", "OBJECTIVES", ("diffusion", "autoencoder")),
     "training.optimizer": Registry("optimizer", "OPTIMIZERS", ("adamw", "adam", "sgd", "lion")),
     "training.lr_schedule": Registry("optimizer", "LR_SCHEDULES", (
         "constant", "linear", "cosine", "step", "inverse_sqrt")),
-    "data.space": Registry("space", "SPACES", ("pixels",)),
+    "data.space": Registry("space", "SPACES", ("pixels", "latents")),
     "data.image_condition": Registry(
         "sources", "IMAGE_CONDITIONS", ("none", "low_resolution", "inpainting", "sketch")),
     "sampling.solver": Registry("sampler", "SOLVERS", (
@@ -222,6 +222,10 @@ class DataConfig(_Images):
     image_column: str | None = Field(None, description="of hf data sets; null: found by its type")
     label_column: str | None = Field(None, description="of hf data sets; null: found by its type")
     caption_column: str | None = Field(None, description="of hf data sets; null: found by its type")
+    autoencoder: str | None = Field(
+        None, description="of space latents: its run, a checkpoint, or a folder of diffusers'")
+    latent_sample: bool = Field(
+        False, description="train on samples of the latents' normals; else on their means")
 
 # %% ../nbs/20_config.ipynb #e5f7aff0
 class _Loop(_Section):
@@ -433,7 +437,40 @@ def _check_channels(data: DataConfig) -> list[str]:
     return [f"data.channels: found {data.channels}; {data.dataset} has {able}: choose one of "
             "these, or dataset 'arrays', which takes any number"]
 
+# %% ../nbs/20_config.ipynb #0e96624d
+def _check_objective(model: BaseModel, training: TrainingConfig, data: DataConfig) -> list[str]:
+    "An autoencoder is trained to reconstruct images, and everything else is not."
+    kinds = {"autoencoder": model.name == "autoencoder", "diffusion": model.name != "autoencoder"}
+    if kinds.get(training.objective, True): return _check_latents(data)
+    fits = "autoencoder" if model.name == "autoencoder" else "diffusion"
+    return [f"training.objective: found '{training.objective}' with model.name '{model.name}': "
+            f"choose objective '{fits}'"]
 
+
+def _check_latents(data: DataConfig) -> list[str]:
+    "Latents are encoded once, of whole images, by an autoencoder."
+    if data.space != "latents": return [
+        f"data.autoencoder: found '{data.autoencoder}' with space '{data.space}', which has none: "
+        "choose space 'latents', or null"]*(data.autoencoder is not None)
+    lines = [] if data.autoencoder else [
+        "data.autoencoder: needed for space 'latents': name the run of one, such as "
+        "outputs/autoencoder (diffusion-train --config autoencoder)"]
+    for field, allowed in (("crop", ("center", "none")), ("image_condition", ("none",))):
+        found = getattr(data, field)
+        if found not in allowed: lines.append(
+            f"data.{field}: found '{found}' with space 'latents', where each image is encoded "
+            f"once: choose {' or '.join(allowed)}")
+    return lines
+
+# %% ../nbs/20_config.ipynb #70ff39d7
+def _check_clamping(data: DataConfig, sampling: SamplingConfig) -> list[str]:
+    "Nothing is known about the values of latents."
+    return [f"sampling.{field}: found {getattr(sampling, field)} with space 'latents', whose "
+            f"values have no range to be clamped to: choose {off}"
+            for field, off in (("clip_x0", "false"), ("dynamic_threshold", "null"))
+            if data.space == "latents" and getattr(sampling, field)]
+
+# %% ../nbs/20_config.ipynb #81e52be5
 def _check_batches(data: DataConfig, training: TrainingConfig) -> list[str]:
     "A batch comes from the data, and a part of a batch holds an image at least."
     lines = []
@@ -453,7 +490,9 @@ _CLASHES = ((_check_network, ("model", "data")), (_check_signal, ("diffusion",))
             (_check_weighting, ("diffusion",)), (_check_betas, ("diffusion",)),
             (_check_sampling, ("diffusion", "sampling")),
             (_check_labels, ("model", "data", "training", "sampling")),
-            (_check_channels, ("data",)), (_check_batches, ("data", "training")))
+            (_check_channels, ("data",)), (_check_batches, ("data", "training")),
+            (_check_objective, ("model", "training", "data")),
+            (_check_clamping, ("data", "sampling")))
 
 
 def _check_all(sections: dict) -> list[str]:

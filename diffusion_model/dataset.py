@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'IMAGE_SUFFIXES', 'DATASETS', 'SIGNALS', 'draw_shapes', 'Shapes', 'Batch', 'ImageSet',
            'Datasets', 'labels_of', 'ArraySource', 'LazySource', 'read_image', 'list_images', 'scan_folder',
-           'split_train', 'cut_parts', 'create_dataset', 'describe_data', 'compare_data', 'sample_indices',
-           'PositionLoader', 'create_loader']
+           'split_train', 'cut_parts', 'create_dataset', 'hash_files', 'content_of', 'unaugmented', 'describe_data',
+           'compare_data', 'sample_indices', 'PositionLoader', 'create_loader']
 
 # %% ../nbs/23_dataset.ipynb #a7fb1e9a
-import collections, contextlib, difflib, functools, hashlib, inspect, itertools, math
+import collections, contextlib, copy, difflib, functools, hashlib, inspect, itertools, json, math
 import multiprocessing, os, signal, stat, threading, traceback, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -772,6 +772,39 @@ def describe(self: _File, indices: Tensor, most: int = 200_000) -> dict:
     return {"digest": digest} | ({"files": sizes} if sum(map(len, sizes)) <= most else {})
 
 # %% ../nbs/23_dataset.ipynb #7f4b60d5
+def hash_files(
+    paths: Sequence[Path],
+) -> str:  # 64 hex digits
+    "The sha256 of every byte of some files, in this order."
+    total = hashlib.sha256()
+    for path in paths: total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def content_of(
+    images: ImageSet,
+    data: Any,  # the `DataConfig` that it was made by
+) -> str:       # 64 hex digits; "" for a source that does not say
+    "A hash of the images, and of what prepares them."
+    load, indices = getattr(images.source, "load", None), images.indices
+    if hasattr(load, "paths"): facts = hash_files([load.paths[i] for i in indices.tolist()])
+    elif hasattr(images.source, "describe"):
+        facts = json.dumps(images.source.describe(indices), sort_keys=True)
+    else: return ""
+    shown = (facts, len(indices), data.image_size, data.channels, data.crop, data.background)
+    return hashlib.sha256(repr(shown).encode()).hexdigest()
+
+# %% ../nbs/23_dataset.ipynb #3b9d090c
+def unaugmented(
+    images: ImageSet,
+    data: Any,  # the `DataConfig` that it was made by
+) -> ImageSet:
+    "The same images, never flipped, and none kept in memory."
+    source = copy.copy(images.source)
+    if hasattr(source, "keep"): source.keep, source.cache = 0, {}
+    return ImageSet(source, create_transform(data), images.indices)
+
+# %% ../nbs/23_dataset.ipynb #b7550157
 def describe_data(
     datasets: Datasets,
 ) -> dict:  # plain values: {"classes": names or None, "train": {"images": n, ...}, ...}

@@ -56,7 +56,7 @@ def _described(checkpoint: Checkpoint) -> nn.Module:
     if name: raise CheckpointError(
         f"{checkpoint.path} holds a network of the user's own, {name}, that no config describes: "
         f"pass one like it to be filled, network={name}(...)")
-    return create_network(cfg.model, create_space(cfg.data).shape)
+    return create_network(cfg.model, create_space(cfg.data, checkpoint).shape)
 
 # %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(
@@ -69,7 +69,7 @@ def load_denoiser(
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
     network, cfg = load_network(checkpoint, ema, device, network)
     denoiser = create_denoiser(cfg.diffusion, network).eval()
-    denoiser.config, denoiser.space = cfg, create_space(cfg.data)
+    denoiser.config, denoiser.space = cfg, create_space(cfg.data, checkpoint)
     denoiser.classes, words = checkpoint.classes, checkpoint.vocabulary
     denoiser.vocabulary = None if words is None else Vocabulary(words)
     return denoiser

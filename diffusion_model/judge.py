@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'FOLDS', 'Images', 'folder_images', 'array_images', 'tensor_images', 'dataset_images', 'asked_labels',
-           'model_images', 'Seen', 'look', 'create_eyes', 'cache_folder', 'cached', 'Judge', 'Floor', 'disjoint_parts',
-           'Line', 'short_name', 'metric_name', 'in_short', 'table', 'create_judge']
+           'model_images', 'Seen', 'look', 'create_eyes', 'cached', 'Judge', 'Floor', 'disjoint_parts', 'Line',
+           'short_name', 'metric_name', 'in_short', 'table', 'create_judge', 'cache_folder']
 
 # %% ../nbs/41_judge.ipynb #ef4beb2b
 import copy
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -31,14 +30,15 @@ from tqdm.auto import tqdm
 # %% ../nbs/41_judge.ipynb #0efca028
 from .config import DataConfig, SamplingConfig
 from .counters import permutation
-from .dataset import Datasets, ImageSet, labels_of, list_images, read_image
+from .dataset import (
+    Datasets, ImageSet, content_of, hash_files, labels_of, list_images, read_image, unaugmented)
 from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, Evidence, score
 from .features import Features, create_features, features_for
 from .generation import generate
+from .pixels import Pixels, cache_folder, to_uint8
 from .processes import World
-from .space import Pixels, to_uint8
-from .transforms import as_channels, create_transform, to_tensor
+from .transforms import as_channels, to_tensor
 
 # %% ../nbs/41_judge.ipynb #a949536b
 class Images(NamedTuple):
@@ -82,12 +82,6 @@ def _label_in(path: Path, classes: Sequence[str]) -> int:
     return -1
 
 # %% ../nbs/41_judge.ipynb #44a7c03d
-def _digest_files(paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths: total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
-
-
 def folder_images(
     folder: Path | str,
     channels: int = None,             # 1 or 3, of what comes out; default: as the files are
@@ -111,7 +105,7 @@ def folder_images(
         for at in torch.arange(first, last).split(batch_size):
             x = [read_image(paths[i], lambda image: _as_bytes(image, channels)) for i in at]
             yield torch.stack(x), labels[at] if (labels >= 0).any() else None
-    return Images(str(folder), len(paths), (channels, h, w), read, _digest_files(paths))
+    return Images(str(folder), len(paths), (channels, h, w), read, hash_files(paths))
 
 # %% ../nbs/41_judge.ipynb #58e49ae3
 def _as_bytes(image: Image.Image, channels: int) -> Tensor:  # uint8; of deeper pictures the nearest
@@ -154,7 +148,7 @@ def array_images(
         for at in range(first, last, batch_size):
             x = torch.from_numpy(array[at:min(at + batch_size, last)].copy())
             yield as_channels(x, channels), None
-    return Images(str(file), len(array), (channels, *array.shape[2:]), read, _digest_files([file]))
+    return Images(str(file), len(array), (channels, *array.shape[2:]), read, hash_files([file]))
 
 # %% ../nbs/41_judge.ipynb #7fc7f8cf
 def tensor_images(
@@ -169,24 +163,6 @@ def tensor_images(
             yield images[at], None if labels is None else labels[at]
     return Images(name, len(images), tuple(images.shape[1:]), read)
 
-# %% ../nbs/41_judge.ipynb #473c6183
-def _unaugmented(images: ImageSet, data: DataConfig) -> ImageSet:
-    "The same images, never flipped, and none kept in memory."
-    source = copy.copy(images.source)
-    if hasattr(source, "keep"): source.keep, source.cache = 0, {}
-    return ImageSet(source, create_transform(data), images.indices)
-
-
-def _content_of(images: ImageSet, data: DataConfig) -> str:
-    "A hash of the images, and of what prepares them."
-    load, indices = getattr(images.source, "load", None), images.indices
-    if hasattr(load, "paths"): facts = _digest_files([load.paths[i] for i in indices.tolist()])
-    elif hasattr(images.source, "describe"):
-        facts = json.dumps(images.source.describe(indices), sort_keys=True)
-    else: return ""
-    shown = (facts, len(indices), data.image_size, data.channels, data.crop, data.background)
-    return hashlib.sha256(repr(shown).encode()).hexdigest()
-
 # %% ../nbs/41_judge.ipynb #259c73c6
 def dataset_images(
     images: ImageSet,   # a part of a data set
@@ -195,13 +171,13 @@ def dataset_images(
     batch_size: int = 250,
 ) -> Images:
     "A part of a data set as bytes, without augmentation."
-    plain, pixels = _unaugmented(images, data), Pixels(data)
+    plain, pixels = unaugmented(images, data), Pixels(data)
 
     def read(first, last):
         for at in torch.arange(first, last).split(batch_size):
             x, cond, _ = plain.batch(at)
             yield pixels.decode(x), labels_of(cond)
-    return Images(name, len(plain), pixels.shape, read, _content_of(images, data))
+    return Images(name, len(plain), pixels.shape, read, content_of(images, data))
 
 # %% ../nbs/41_judge.ipynb #f0a30f1d
 def asked_labels(
@@ -281,11 +257,7 @@ def create_eyes(
     return [create_features(name, stream, device) for name in names]
 
 # %% ../nbs/41_judge.ipynb #668a6812
-def cache_folder() -> Path:
-    "Where features and floors are kept: $DIFFUSION_MODEL_CACHE, or the user's cache folder."
-    own = os.environ.get("DIFFUSION_MODEL_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
-    return Path(own) if own else Path(base)/"diffusion_model"
+_all_ = ["cache_folder"]
 
 # %% ../nbs/41_judge.ipynb #6bda26ca
 def cached(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from .autoencoder_config import AutoencoderConfig
 from .dit_config import DiTConfig
 from .unet_config import UNetConfig
 
@@ -31,8 +32,14 @@ def _dit(model, shape):
     return create_dit(model, shape)
 
 
+def _autoencoder(model, shape):
+    from diffusion_model.autoencoder import create_autoencoder
+    return create_autoencoder(model, shape)
+
+
 #: name -> Network; `model.name` of a config
-NETWORKS = {"unet": Network(UNetConfig, _unet), "dit": Network(DiTConfig, _dit)}
+NETWORKS = {"unet": Network(UNetConfig, _unet), "dit": Network(DiTConfig, _dit),
+            "autoencoder": Network(AutoencoderConfig, _autoencoder)}
 
 # %% ../nbs/12_networks.ipynb #6f3247a4
 def find_network(

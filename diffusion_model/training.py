@@ -50,14 +50,17 @@ class Trainer:
         self.rate, self.levers = partial(learning_rate, training=t), choose_levers(t, self.device)
         self.trusted = t.precision != "auto" or self.levers.precision == "fp32"  # else: checked
         self.run_dir = Path(cfg.logging.output_dir).expanduser()
-        self.loader = create_loader(
-            self.datasets.train, t.batch_size, t.seed, rank=self.world.rank, world=self.world.size,
-            num_workers=cfg.data.num_workers, pin=self.device.type == "cuda")
         self._create(t, network)
+        with report_lost_process(self.world), main_first(self.world):
+            train = self.objective.prepared(self.datasets.train, self.device)
+        self.loader = create_loader(
+            train, t.batch_size, t.seed, rank=self.world.rank, world=self.world.size,
+            num_workers=cfg.data.num_workers, pin=self.device.type == "cuda")
         self.callbacks = default_callbacks(cfg) if callbacks is None else callbacks
 
     @cached_property
-    def data(self) -> dict: return describe_data(self.datasets)  # what a resumed run must find
+    def data(self) -> dict:  # what a resumed run must find
+        return describe_data(self.datasets._replace(train=self.loader.ds))
 
 # %% ../nbs/31_training.ipynb #5c406a00
 @patch
@@ -265,7 +268,7 @@ def save(self: Trainer) -> Path | None:
                "data": self.data, "precision": self.levers.precision},
         classes=self.datasets.classes, keep=self.cfg.logging.keep_checkpoints,
         keep_best=self.cfg.logging.keep_best, score=score if step == self.step else None,
-        network_name=self.objective.network_name,
+        network_name=self.objective.network_name, architectures=self.objective.architectures,
         vocabulary=getattr(self.datasets, "vocabulary", None))
 
 # %% ../nbs/31_training.ipynb #3fdf7e71

@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
     def __init__(self,
         in_channels: int,
         out_channels: int,
-        time_channels: int,      # of the embedding
+        time_channels: int | None,  # of the embedding; None: the block knows no time
         dropout: float = 0.,     # probability, before the second convolution
         norm: str = "group",     # a key of norms.NORMS
         groups: int = 32,        # of group norm
@@ -60,7 +60,8 @@ class ResBlock(nn.Module):
         self.adaptive, self.resize = adaptive, resize
         self.norm1 = create_norm(norm, in_channels, groups, act=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_channels, out_channels*(1 + adaptive))
+        self.time_proj = None if time_channels is None else \
+            nn.Linear(time_channels, out_channels*(1 + adaptive))
         self.norm2 = create_norm(norm, out_channels, groups, act=True)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -71,9 +72,9 @@ class ResBlock(nn.Module):
 @patch
 def forward(self: ResBlock,
     x: Tensor,    # (B, in_channels, H, W)
-    emb: Tensor,  # (B, time_channels): φ(e)
+    emb: Tensor = None,  # (B, time_channels): φ(e)
 ) -> Tensor:      # (B, out_channels, H, W), or of the new resolution
-    h, time = self.norm1(x), self.time_proj(emb)
+    h, time = self.norm1(x), None if self.time_proj is None else self.time_proj(emb)
     if self.resize: h, x = self.resize(h), self.resize(x)
     h = self.conv1(h)
     if self.adaptive: h = self.norm2(h, *time.chunk(2, dim=1))
@@ -206,7 +207,7 @@ class Resize(nn.Module):
 # %% ../nbs/10_unet.ipynb #304e2f57
 class Parts(NamedTuple):
     "What the levels of a U-Net are made of."
-    time_channels: int           # of the embedding of time and conditions
+    time_channels: int | None    # of the embedding of time and conditions; None: there is none
     tokens: bool = False         # are there tokens to attend to, of as many channels?
     dropout: float = 0.
     norm: str = "group"          # a key of norms.NORMS
@@ -247,15 +248,14 @@ RESAMPLERS = {"conv": _conv, "pool": _pool, "residual": _residual}
 # %% ../nbs/10_unet.ipynb #2adad505
 class Given(NamedTuple):
     "What every block is given besides the feature map."
-    emb: Tensor            # (B, time_channels): φ(e), of time and conditions
+    emb: Tensor | None     # (B, time_channels): φ(e), of time and conditions
     tokens: Tensor = None  # (B, L, token_channels)
     mask: Tensor = None    # (B, L), True where a token counts
     again: bool = False    # compute inner results again for the gradient, instead of keeping them
 
-
-def _run(f: Callable, given: Given, *args):
-    "f(*args), which keeps its inner results only where it may."
-    return checkpoint(f, *args, use_reentrant=False) if given.again else f(*args)
+    def run(self, f: Callable, *args):
+        "f(*args), which keeps its inner results only where it may."
+        return checkpoint(f, *args, use_reentrant=False) if self.again else f(*args)
 
 # %% ../nbs/10_unet.ipynb #2dfe0457
 class Level(nn.Module):
@@ -296,10 +296,10 @@ class Down(Level):
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = _run(self.block, given, i, given, x)
+            x = given.run(self.block, i, given, x)
             skips.append(x)
         if self.downsample is not None:
-            x = _run(self.downsample, given, x, given.emb)
+            x = given.run(self.downsample, x, given.emb)
             skips.append(x)
         return x, skips
 
@@ -320,8 +320,8 @@ class Up(Level):
         self.upsample = parts.resized(out_channels, double) if upsamples else None
 
     def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
-        for i in range(len(self.resnets)): x = _run(self.block, given, i, given, x, skips.pop())
-        return x if self.upsample is None else _run(self.upsample, given, x, given.emb)
+        for i in range(len(self.resnets)): x = given.run(self.block, i, given, x, skips.pop())
+        return x if self.upsample is None else given.run(self.upsample, x, given.emb)
 
 # %% ../nbs/10_unet.ipynb #f207d48b
 class UNet(nn.Module):
@@ -427,7 +427,7 @@ def forward(self: UNet,
     for down in self.downs:
         h, more = down(h, given)
         skips += more
-    h = _run(self._middle, given, h, given)
+    h = given.run(self._middle, h, given)
     for up in self.ups: h = up(h, skips, given)
     return self._leave(self.conv_out(self.norm_out(h)), x)
 
