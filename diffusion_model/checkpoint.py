@@ -590,12 +590,6 @@ class Checkpoint:
         if name in self._read: return self._read[name]
         raise CheckpointError(f"{self.path} has no '{name}'; it has {', '.join(self._read)}")
 
-    def own_weights(self, name: str = "model") -> dict[str, Tensor]:
-        "The same for you alone, to hold and to change: read anew, or copied where they are known."
-        fresh = name in self._read and name not in self._read.known and os.name != "nt"
-        if fresh: return self._read.read(name)  # Windows deletes no file that is mapped
-        return {key: value.clone() for key, value in self.weights(name).items()}
-
     @cached_property
     def _config(self): return _read_config(self.path/"config.yaml", self.version)
 
@@ -626,6 +620,14 @@ def trainer(self: Checkpoint) -> dict:
         f"{self.path} holds weights alone, and no trainer.pt to resume from: sample from it, or "
         "start a new run from its weights (`load_weights`)")
     return self._trainer
+
+# %% ../nbs/27_checkpoint.ipynb #9b6f21aa
+@patch
+def own_weights(self: Checkpoint, name: str = "model") -> dict[str, Tensor]:
+    "The same for you alone, to hold and to change: read anew, or copied if known."
+    fresh = name in self._read and name not in self._read.known and os.name != "nt"
+    if fresh: return self._read.read(name)  # Windows deletes no file that is mapped
+    return {key: value.clone() for key, value in self.weights(name).items()}
 
 # %% ../nbs/27_checkpoint.ipynb #e7078685
 def load_checkpoint(

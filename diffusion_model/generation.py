@@ -55,19 +55,7 @@ def _check_finite(state: dict[str, Tensor], path: Path) -> None:
         f"{path}: weights that are not finite (NaN or infinite) in {', '.join(bad[:3])}: nothing "
         "can be drawn with them; choose an earlier checkpoint, or other weights (ema)")
 
-
-def _described(checkpoint: Checkpoint) -> nn.Module:
-    "The network that a checkpoint's config describes."
-    name, cfg = checkpoint.network_name, checkpoint.config
-    if name: raise CheckpointError(
-        f"{checkpoint.path} holds a network of the user's own, {name}, that no config describes: "
-        f"pass one like it to be filled, network={name}(...)")
-    build = partial(create_network, cfg.model, create_space(cfg.data).shape)
-    with _Unfilled(): network = build()
-    loaded = {id(x) for x in network.state_dict(keep_vars=True).values()}
-    return network if all(id(p) in loaded for p in network.parameters()) else build()
-
-
+# %% ../nbs/40_generation.ipynb #7d3c90f1
 _FILLS = {Tensor.uniform_, Tensor.normal_, Tensor.zero_, nn.init.uniform_, nn.init.normal_,
           nn.init.kaiming_uniform_}
 
@@ -79,6 +67,18 @@ class _Unfilled(TorchFunctionMode):
         filled = next(iter((*args, *kwargs.values())), None)
         if func in _FILLS and isinstance(filled, nn.Parameter): return filled
         return func(*args, **kwargs)
+
+
+def _described(checkpoint: Checkpoint) -> nn.Module:
+    "The network that a checkpoint's config describes."
+    name, cfg = checkpoint.network_name, checkpoint.config
+    if name: raise CheckpointError(
+        f"{checkpoint.path} holds a network of the user's own, {name}, that no config describes: "
+        f"pass one like it to be filled, network={name}(...)")
+    build = partial(create_network, cfg.model, create_space(cfg.data).shape)
+    with _Unfilled(): network = build()
+    loaded = {id(x) for x in network.state_dict(keep_vars=True).values()}
+    return network if all(id(p) in loaded for p in network.parameters()) else build()
 
 # %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(
