@@ -10,7 +10,7 @@ __all__ = ['CheckpointError', 'verify_checkpoint', 'list_checkpoints', 'prune_ch
 import atexit, errno, hashlib, json, math, os, re, shutil, struct, sys, threading, warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -559,13 +559,15 @@ def _read_trainer(path: Path, device) -> dict:
 # %% ../nbs/27_checkpoint.ipynb #ab04e7c9
 class _Lazy(Mapping):
     "A dict whose values are read when they are first asked for."
-    def __init__(self, names, read): self.names, self.read = names, cache(read)
+    def __init__(self, names, read): self.names, self.read, self.known = names, read, {}
     def __iter__(self): return iter(self.names)
     def __len__(self): return len(self.names)
+    def __contains__(self, name): return name in self.names  # without reading it
 
     def __getitem__(self, name):
         if name not in self.names: raise KeyError(name)
-        return self.read(name)
+        if name not in self.known: self.known[name] = self.read(name)
+        return self.known[name]
 
 # %% ../nbs/27_checkpoint.ipynb #1c3aa8b2
 class Checkpoint:
@@ -581,8 +583,8 @@ class Checkpoint:
         names = [f.removesuffix(".safetensors") for f in self.files if _WEIGHTS.fullmatch(f)]
         self._read = _Lazy(names, lambda name: _read_weights(path/f"{name}.safetensors", device))
         averages = [name for name in names if _AVERAGE.fullmatch(f"{name}.safetensors")]
-        self.emas = _Lazy(averages, self.weights)
-        self.networks = _Lazy([name for name in names if name not in averages], self.weights)
+        self.emas = _Lazy(averages, self._read.__getitem__)
+        self.networks = _Lazy([n for n in names if n not in averages], self._read.__getitem__)
 
     def __repr__(self): return f"Checkpoint({str(self.path)!r}, step={self.step})"
 
@@ -622,6 +624,14 @@ def trainer(self: Checkpoint) -> dict:
         "start a new run from its weights (`load_weights`)")
     return self._trainer
 
+# %% ../nbs/27_checkpoint.ipynb #9b6f21aa
+@patch
+def own_weights(self: Checkpoint, name: str = "model") -> dict[str, Tensor]:
+    "The same for you alone, to hold and to change: read anew, or copied if known."
+    fresh = name in self._read and name not in self._read.known and os.name != "nt"
+    if fresh: return self._read.read(name)  # Windows deletes no file that is mapped
+    return {key: value.clone() for key, value in self.weights(name).items()}
+
 # %% ../nbs/27_checkpoint.ipynb #e7078685
 def load_checkpoint(
     path: str | Path,     # a run directory (its newest valid checkpoint) or a step directory
@@ -641,6 +651,18 @@ def load_checkpoint(
     return _patiently(opened) if not _STEP.fullmatch(Path(path).name) else opened()
 
 # %% ../nbs/27_checkpoint.ipynb #e04af44d
+def _is_plain(network: nn.Module) -> bool:
+    "Is its state nothing but its parameters and buffers?"
+    parts = {id(x) for x in (*network.parameters(), *network.buffers())}
+    return all(id(x) in parts for x in network.state_dict(keep_vars=True).values())
+
+
+def _adopt(network: nn.Module, state: dict[str, Tensor]) -> None:
+    "Put tensors in the place of a network's numbers; its parameters stay the same objects."
+    for name, part in network.state_dict(keep_vars=True).items():
+        part.data = state[name].to(part)
+
+
 def _mismatch(own: dict, state: dict) -> list[str]:
     "How two sets of named tensors differ, in at most a dozen lines."
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
@@ -656,8 +678,9 @@ def load_weights(
     state: Mapping,           # names -> tensors; wrappers' prefixes are dropped
     source: str | Path = "these weights",  # for the message: where they come from
     changes: dict = None,     # for the message: `config_diff(saved config, this config)`
+    adopt: bool = False,      # hold these very tensors from now on, instead of copies of them
 ) -> None:
-    "Copy weights into a network, or say exactly how the two differ."
+    "Bring weights into a network, or say exactly how the two differ."
     if not isinstance(state, Mapping) or "param_groups" in state or "optimizer" in state:
         raise CheckpointError(f"{source}: this is optimizer state, not a network's weights")
     now = {old: new for part in network.modules()  # an older version's names -> today's
@@ -669,4 +692,6 @@ def load_weights(
         lines += [f"  {k}: {a} in the checkpoint, {b} here" for k, (a, b) in (changes or {}).items()
                   if k.startswith(("model.", "data."))]
         raise CheckpointError("\n".join([f"{source} do not fit this network:", *lines]))
-    network.load_state_dict({name: state[k] for name, k in zip(names, own)})
+    state = {name: state[k] for name, k in zip(names, own)}
+    if adopt and _is_plain(network): _adopt(network, state)
+    else: network.load_state_dict(state)

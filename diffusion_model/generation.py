@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .captions import Vocabulary
@@ -39,15 +40,33 @@ def load_network(
     if isinstance(ema, str) and ema not in checkpoint.emas: raise CheckpointError(
         f"{checkpoint.path} has no average '{ema}'; it has {', '.join(checkpoint.emas) or 'none'}, "
         "and the trained weights (ema=False)")
-    if network is None: network = _described(checkpoint)
-    state = checkpoint.emas[name] if ema and name in checkpoint.emas else checkpoint.model
-    load_weights(network, state, checkpoint.path)
+    name = name if ema and name in checkpoint.emas else "model"
+    _check_finite(checkpoint.own_weights(name), checkpoint.path)
+    ours = network is None
+    if ours: network = _described(checkpoint)
+    # read again, for a file that is only opened costs no memory until its numbers are used
+    load_weights(network, checkpoint.own_weights(name), checkpoint.path, adopt=ours)
+    return network.to(device).eval(), cfg
+
+
+def _check_finite(state: dict[str, Tensor], path: Path) -> None:
     bad = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise CheckpointError(
-        f"{checkpoint.path}: weights that are not finite (NaN or infinite) in "
-        f"{', '.join(bad[:3])}: nothing can be drawn with them; choose an earlier checkpoint, or "
-        "other weights (ema)")
-    return network.to(device).eval(), cfg
+        f"{path}: weights that are not finite (NaN or infinite) in {', '.join(bad[:3])}: nothing "
+        "can be drawn with them; choose an earlier checkpoint, or other weights (ema)")
+
+# %% ../nbs/40_generation.ipynb #7d3c90f1
+_FILLS = {Tensor.uniform_, Tensor.normal_, Tensor.zero_, nn.init.uniform_, nn.init.normal_,
+          nn.init.kaiming_uniform_}
+
+
+class _Unfilled(TorchFunctionMode):
+    "Within, parameters that are made are left without numbers: those of a file will come."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        filled = next(iter((*args, *kwargs.values())), None)
+        if func in _FILLS and isinstance(filled, nn.Parameter): return filled
+        return func(*args, **kwargs)
 
 
 def _described(checkpoint: Checkpoint) -> nn.Module:
@@ -56,7 +75,10 @@ def _described(checkpoint: Checkpoint) -> nn.Module:
     if name: raise CheckpointError(
         f"{checkpoint.path} holds a network of the user's own, {name}, that no config describes: "
         f"pass one like it to be filled, network={name}(...)")
-    return create_network(cfg.model, create_space(cfg.data, checkpoint).shape)
+    build = partial(create_network, cfg.model, create_space(cfg.data, checkpoint).shape)
+    with _Unfilled(): network = build()
+    loaded = {id(x) for x in network.state_dict(keep_vars=True).values()}
+    return network if all(id(p) in loaded for p in network.parameters()) else build()
 
 # %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(

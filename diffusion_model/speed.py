@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['autocast', 'disagreement', 'keep_memory', 'Levers', 'has_bf16', 'choose_levers', 'choose_precision', 'checked',
-           'kept_levers', 'for_drawing']
+           'kept_levers', 'give_back', 'for_drawing']
 
 # %% ../nbs/29_speed.ipynb #f0d8f727
 import contextlib
 import copy
 import ctypes
+import mmap
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -133,44 +135,71 @@ def kept_levers(
     keeps = wanted == "auto" and then in ("fp32", levers.precision)
     return levers._replace(precision=then) if keeps else levers, keeps
 
+# %% ../nbs/29_speed.ipynb #5c1e77a0
+def _files() -> list[tuple[int, int]]:
+    "Where files of weights are mapped (Linux): the first address, and the one behind the last."
+    try: lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError: return []
+    ends = [line.split()[0].split("-") for line in lines if ".safetensors" in line]
+    return [(int(first, 16), int(behind, 16)) for first, behind in ends]
+
+
+def give_back(weight: Tensor) -> None:
+    "Let the system drop the pages of a weight that it can read again from a mapped file."
+    if weight.device.type != "cpu" or weight.nbytes < 2**16: return
+    first, behind, page = weight.data_ptr(), weight.data_ptr() + weight.nbytes, mmap.PAGESIZE
+    if not any(a <= first and behind <= b for a, b in _files()): return
+    start, end = -(-first//page)*page, behind//page*page
+    pageout = 21  # MADV_PAGEOUT: unlike MADV_DONTNEED, it forgets nothing that was changed
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), pageout)
+
 # %% ../nbs/29_speed.ipynb #46b52d80
 class _PackedConv(nn.Module):
     "A convolution whose kernel lies as the processor reads it, put so when it is first used."
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
         self.where = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
-        self.kernel, self.bias, self.packed = conv.weight.detach(), conv.bias, None
-        self.dtype = self.kernel.dtype
+        self.kernel, self.packed, self.dtype = conv.weight.detach(), None, dtype
+        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.kernel, *self.where, list(x.shape))
+                self.kernel.to(self.dtype), *self.where, list(x.shape))
+            give_back(self.kernel)
             self.kernel = None  # one of them is enough
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, *self.where, "none", [], "")
 
 # %% ../nbs/29_speed.ipynb #68441962
-def _packable(module: nn.Module) -> bool:
+def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
     "Is it a plain convolution, on a CPU whose library packs kernels?"
     return (type(module) is nn.Conv2d and module.weight.device.type == "cpu"
-            and module.weight.dtype in (torch.float32, torch.bfloat16)
+            and (dtype or module.weight.dtype) in (torch.float32, torch.bfloat16)
             and module.padding_mode == "zeros" and not isinstance(module.padding, str)
             and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
             and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"))
 
 
-def _pack(module: nn.Module) -> None:
-    "Put packed convolutions in the place of plain ones, at any depth."
+def _pack(module: nn.Module, dtype: torch.dtype | None) -> None:
+    "Put packed convolutions in the place of plain ones, at any depth; None: of their own type."
     for name, child in module.named_children():
         if hasattr(child, "for_drawing"):
             child = child.for_drawing()
             setattr(module, name, child)
-        if _packable(child) and not child._forward_hooks and not child._forward_pre_hooks:
-            setattr(module, name, _PackedConv(child))
-        else: _pack(child)
+        hooks = child._forward_hooks or child._forward_pre_hooks
+        if not hooks and _packable(child, dtype):
+            setattr(module, name, _PackedConv(child, dtype or child.weight.dtype))
+        else: _pack(child, dtype)
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> None:
+    "Put rounded weights in the place of a module's own."
+    for name, weight in [*module.named_parameters(recurse=False)]:
+        setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+        give_back(weight)
 
 # %% ../nbs/29_speed.ipynb #b9eae78e
 @torch.no_grad()
@@ -180,13 +209,10 @@ def for_drawing(
 ) -> nn.Module:               # in evaluation mode; knows no gradient
     "A copy of a network that gives the same answers, sooner. Weights that stay are not copied."
     known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
-    for module in network.modules():
-        if type(module) in (nn.Conv2d, nn.Linear) and precision in _LOW:
-            for p in module.parameters(recurse=False):
-                known[id(p)] = nn.Parameter(p.detach().to(_LOW[precision]), requires_grad=False)
-    fast = copy.deepcopy(network, known).eval()
+    fast, low = copy.deepcopy(network, known).eval(), _LOW.get(precision)
     for module in fast.modules(): module._compiled_call_impl = None  # that is the original's
-    if all(p.device.type == "cpu" for p in network.parameters()):
-        _pack(fast)
-        fast = fast.to(memory_format=torch.channels_last)
-    return fast
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    if on_cpu: _pack(fast, low)
+    for module in fast.modules():
+        if low and type(module) in (nn.Conv2d, nn.Linear): _round(module, low)
+    return fast.to(memory_format=torch.channels_last) if on_cpu else fast

@@ -3,15 +3,17 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_training import SMALL
 from torch import nn
 
 from diffusion_model import speed
+from diffusion_model.checkpoint import load_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.denoiser import Denoiser
-from diffusion_model.generation import generate
+from diffusion_model.generation import generate, load_denoiser
 from diffusion_model.scheduler import FlowSchedule
-from diffusion_model.speed import for_drawing
+from diffusion_model.speed import for_drawing, give_back
 from diffusion_model.training import Trainer
 from diffusion_model.unet import UNet
 
@@ -110,3 +112,32 @@ def test_the_check_is_without_dropout_and_leaves_the_objective_as_it_was():
         objective = Forgetful().train(mode)
         assert speed.disagreement(objective, torch.randn(8, 16), "bf16") is None
         assert objective.training == objective.dropout.training == mode
+
+
+def test_a_weight_that_was_given_back_is_read_again_and_what_was_changed_stays(tmp_path):
+    weight = torch.randn(256, 1024)
+    save_file({"w": weight}, tmp_path/"w.safetensors")
+    mapped = load_file(tmp_path/"w.safetensors")["w"]
+    with torch.no_grad(): mapped[7] += 1
+    for w in (mapped, weight): give_back(w)
+    weight[7] += 1
+    assert torch.equal(mapped, weight)
+
+
+def test_a_loaded_network_draws_learns_and_leaves_its_file_alone(tmp_path):
+    cfg = small(tmp_path, **{"guidance_scale": 1., "sampling.steps": 2})
+    trainer = Trainer(cfg, callbacks=[])
+    path = trainer.save()
+    wait_for_checkpoints()
+    held = load_checkpoint(path)
+    assert held.model  # somebody else holds them, too
+    loaded = load_denoiser(held, ema=False)
+    before = {k: v.clone() for k, v in loaded.network.state_dict().items()}
+    generator = torch.random.get_rng_state()
+    for opened in (loaded, load_denoiser(path, ema=False)):
+        assert torch.equal(torch.random.get_rng_state(), generator)  # nothing was drawn to fill it
+        next(generate(opened, 2, torch.arange(2)))
+        assert all(torch.equal(v, before[k]) for k, v in opened.network.state_dict().items())
+        for p in opened.network.parameters(): p.data.add_(1)
+        assert all(torch.equal(v, before[k]) for k, v in held.model.items())
+    assert all(torch.equal(v, before[k]) for k, v in load_checkpoint(path).model.items())
