@@ -24,8 +24,8 @@ def small(shape=(3, 8, 12), **fields):
     return awake(create_autoencoder(AutoencoderConfig(**SMALL | fields), shape))
 
 
-@pytest.mark.parametrize("levels, patch, channels, attention, convs", itertools.product(
-    ([1], [1, 2], [1, 2, 1]), (1, 2), (1, 4), (True, False), (True, False)))
+@pytest.mark.parametrize("levels, patch, channels, attention, convs", list(itertools.product(
+    ([1], [1, 2], [1, 2, 1]), (1, 2), (1, 4), (True, False), (True, False))))
 def test_shapes_there_and_back(levels, patch, channels, attention, convs):
     network = small((channels, 16, 24), channel_multipliers=levels, patch_size=patch,
                     attention=attention, latent_convs=convs)
@@ -72,7 +72,7 @@ def test_checkpointing_changes_no_gradient():
                                (3, 8, 12))
     again.load_state_dict(plain.state_dict())
     seen = []
-    again.encoder.middle.register_forward_hook(lambda *_: seen.append(1))
+    again.encoder.middle.register_forward_pre_hook(lambda *_: seen.append(1))
     for network in (plain, again): network(x).square().mean().backward()
     assert len(seen) == 2  # once on the way there, once again for the gradient
     for p, q in zip(plain.parameters(), again.parameters()):
