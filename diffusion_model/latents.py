@@ -32,6 +32,7 @@ from .config import ConfigError
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, ImageSet, content_of, hash_files, unaugmented
 from .denoiser import Cond, map_cond
+from .interop import find_autoencoder_kl, read_autoencoder_kl
 from .pixels import Pixels, Space, cache_folder
 from .speed import autocast, choose_precision
 
@@ -77,7 +78,9 @@ class Latents(Space):
     def autoencoder(self) -> Autoencoder:
         "Read when it is first asked for, so that a checkpoint can bring it."
         if self._network is None:
-            self._network = saved_autoencoder(load_checkpoint(Path(self.data.autoencoder)))
+            place = self.data.autoencoder  # diffusers' folder, or a run of ours
+            self._network = read_autoencoder_kl(place) if find_autoencoder_kl(place) else \
+                saved_autoencoder(load_checkpoint(Path(place)))
         return self._network
 
     def restore(self, checkpoint: Checkpoint) -> None: self._network = saved_autoencoder(checkpoint)
