@@ -879,6 +879,7 @@ data, such as --data.root, where the data are elsewhere now, or --image_size for
 examples:
   diffusion-evaluate --checkpoint outputs/quickstart
   diffusion-evaluate --checkpoint outputs/fashion_mnist --num_samples 2000 --metrics fd,kid
+  diffusion-evaluate --checkpoint outputs/autoencoder
   diffusion-evaluate --samples drawn/ --config fashion_mnist --image_size 28
   diffusion-evaluate --samples drawn/ --reference photographs/
   torchrun --nproc_per_node 2 --no-python diffusion-evaluate --checkpoint outputs/cifar10"""

@@ -328,12 +328,14 @@ def _charts(lines: Sequence[Line], pictures: Pictures) -> str:
 
 def _tiles(lines: Sequence[Line]) -> str:
     "The few numbers that are looked at first: each distance through the last classifier."
-    eyes = list(dict.fromkeys(line.eye for line in lines))
+    eyes = list(dict.fromkeys(line.eye for line in lines if line.eye != "model"))
     tiles, chosen = [], eyes[min(1, len(eyes) - 1)]
     seen_by = html.escape(chosen.partition("@")[0])
-    for line in [line for line in lines if line.eye == chosen]:
+    shown = ("fd", "mind", "precision", "recall", "accuracy", "memorised")
+    for line in lines:
         beside = line.times.replace("×", "× the floor")
-        if line.metric in ("fd", "mind", "precision", "recall", "accuracy", "memorised"):
+        if line.metric == "psnr": seen_by, beside = "in dB", "of each image to its original"
+        if line.metric == "psnr" or line.eye == chosen and line.metric in shown:
             tiles.append(f'<div class="tile"><span class="soft">{line.metric}, {seen_by}</span>'
                          f"<b>{in_short(line.value)}</b><span class=soft>{beside}</span></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'

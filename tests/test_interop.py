@@ -159,7 +159,7 @@ def test_where_the_config_lies(written, tmp_path):
     ({"layers_per_block": 0}, "layers_per_block: found 0; allowed: a whole number"),
     ({"norm_num_groups": 3}, "norm_num_groups: found 3, which does not divide 8 channels"),
     ({"out_channels": 6}, "out_channels: found 6 with in_channels 3; allowed: the same for both"),
-    ({"use_post_quant_conv": False}, "use_post_quant_conv: found false with use_quant_conv true; all"),
+    ({"use_post_quant_conv": False}, "use_post_quant_conv: found false with use_quant_conv true"),
     ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types: found 1 of them, and block_out"),
     ({"down_block_types": ["AttnDownEncoderBlock2D"]*2}, "down_block_types: found"),
     ({"attention_head_dim": 8}, "attention_head_dim: found 8, a field that is not known here"),

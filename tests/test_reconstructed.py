@@ -1,4 +1,4 @@
-"Autoencoders in the commands: judged by their reconstructions, never drawn from; and their latents."
+"Autoencoders in the commands: judged by reconstructions, never drawn from; and their latents."
 import json
 from pathlib import Path
 
