@@ -1090,6 +1090,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'diffusion_model.latents.encode_all': ('latents.html#encode_all', 'diffusion_model/latents.py'),
                                          'diffusion_model.latents.hash_weights': ( 'latents.html#hash_weights',
                                                                                    'diffusion_model/latents.py'),
+                                         'diffusion_model.latents.open_autoencoder': ( 'latents.html#open_autoencoder',
+                                                                                       'diffusion_model/latents.py'),
                                          'diffusion_model.latents.saved_autoencoder': ( 'latents.html#saved_autoencoder',
                                                                                         'diffusion_model/latents.py')},
             'diffusion_model.likelihood': { 'diffusion_model.likelihood.Bound': ('likelihood.html#bound', 'diffusion_model/likelihood.py'),

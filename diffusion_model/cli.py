@@ -298,7 +298,7 @@ def _describe(trainer, say) -> None:
         + (f", in {world.size} processes" if world.size > 1 else "")
         + f"; {len(trainer.datasets.train):,} training images; run directory {trainer.run_dir}")
 
-
+# %% ../nbs/43_cli.ipynb #fdf951ff
 def _conclude(trainer, say) -> int:
     "Say how the run ended and how to go on; the exit code."
     run = trainer.run_dir
@@ -967,7 +967,7 @@ def _asked_metrics(args) -> tuple[list | None, list]:
         f"--metrics: {of_models[0]} needs a model: name one by --checkpoint"])
     return names and [name for name in names if name in images], of_models
 
-
+# %% ../nbs/43_cli.ipynb #6f595af7
 def _image_files(path: str, option: str, **how):
     "The images of a folder, or of a file. Raises FileNotFoundError and ValueError."
     from diffusion_model.judge import array_images, folder_images

@@ -312,7 +312,7 @@ def _samples(pictures: Pictures) -> str:
         torch.cat(rows), "In turn a row of originals, and below it their reconstructions: the "
         "first of the reference; none was chosen.", ncol=min(8, len(x))))
 
-
+# %% ../nbs/41_report.ipynb #0b65c953
 def _charts(lines: Sequence[Line], pictures: Pictures) -> str:
     parts = []
     if any(line.ratio for line in lines): parts.append(_chart(_draw_ratios(lines), (
