@@ -165,7 +165,7 @@ def test_where_the_config_lies(written, tmp_path):
     ({"attention_head_dim": 8}, "attention_head_dim: found 8, a field that is not known here"),
     ({"mid_block_add_attention": "yes"}, 'mid_block_add_attention: found "yes"'),
     ({"mid_block_add_attention": False}, "weights that the network does not have: decoder.mid_b"),
-    ({"layers_per_block": 2}, "weights are missing: decoder.up_blocks.0.resnets.2."),
+    ({"layers_per_block": 2}, "weights are missing: encoder.down_blocks.0.resnets.1."),
     ({"latent_channels": 8}, "found shape (16, 4, 3, 3); config.json says (16, 8, 3, 3)"),
 ])
 def test_what_cannot_be_carried_over(written, change, message):
