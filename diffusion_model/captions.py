@@ -21,7 +21,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def split_words(text: str) -> list[str]:
-    "The words of a sentence, small: letters of any script, digits, and inner apostrophes."
+    "The words of a sentence, in lower case: letters of any script, digits, inner apostrophes."
     text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")
     return _WORD.findall(text)
 

@@ -20,8 +20,8 @@ class DiTConfig(BaseModel):
     "The transformer."
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
     name: Literal["dit"] = Field("dit", description="the network; a key of networks.NETWORKS")
-    patch_size: int = Field(2, ge=1, description="pixels a side of the patch that is one word")
-    width: int = Field(384, ge=4, description="channels of a word; a multiple of 4 times heads")
+    patch_size: int = Field(2, ge=1, description="pixels a side of the patch that is one token")
+    width: int = Field(384, ge=4, description="channels of a token; a multiple of 4 times heads")
     depth: int = Field(12, ge=1, description="blocks")
     heads: int = Field(6, ge=1, description="of the attention of each block")
     mlp_ratio: float = Field(4., gt=0, description="hidden units for a channel, were it no SwiGLU")

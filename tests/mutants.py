@@ -142,6 +142,7 @@ def work(kind: str, files: list[str], root: str, log: str) -> None:
     os.chdir(root)
     os.environ["PYTHONPATH"] = root
     sys.path[:0] = [root]
+    multiprocessing.set_start_method(None, force=True)  # the usual one, as where they run alone
     if kind == "notebook":
         from nbdev.test import nbdev_test
         sys.exit(nbdev_test(*files, n_workers=0))

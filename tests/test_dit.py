@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusion_model.config import load_config
 from diffusion_model.dit import (
-    DiT, RotaryAttention, SwiGLU, WordNorm, create_dit, from_patches, hidden_units, rope_angles,
+    DiT, RotaryAttention, SwiGLU, TokenNorm, create_dit, from_patches, hidden_units, rope_angles,
     rotate, to_patches)
 from diffusion_model.unet import softmax_attention
 from diffusion_model.dit_config import DiTConfig
@@ -64,7 +64,7 @@ def test_swiglu_and_norm_by_the_formula():
     gate, value = x @ w[:6].T + b[:6], x @ w[6:].T + b[6:]
     ours = mlp.to_out(gate*gate.sigmoid()*value)
     assert torch.allclose(mlp(x), ours, atol=1e-6)
-    norm, theirs = WordNorm(8), nn.RMSNorm(8, eps=1e-6)
+    norm, theirs = TokenNorm(8), nn.RMSNorm(8, eps=1e-6)
     nn.init.normal_(norm.weight)
     theirs.load_state_dict(norm.state_dict())
     assert torch.allclose(norm(x), theirs(x), atol=1e-6)

@@ -17,7 +17,6 @@ from diffusion_model.dataset import (ArraySource, LazySource, compare_data,
 from diffusion_model.sources import (
     IMAGE_CONDITIONS, ArrayImages, ImageConditionMaker, channels_last, create_image_condition,
     found_in, open_arrays)
-from diffusion_model.transforms import create_transform
 
 try: import datasets
 except ImportError: datasets = None
@@ -225,8 +224,11 @@ def test_an_array_is_prepared_once_where_that_changes_it(tmp_path):
         after = [loader.at(k) for k in range(4)]
         assert sets.train.prepared[1] is not None
         for a, b in zip(before, after): assert torch.equal(a.images, b.images)
-        sets.train.transform = create_transform(config(image_size=[8, 16], mean=0.1), True)
-        assert not torch.equal(loader.at(0).images, after[0].images)  # another transform is used
+        other = create_dataset(config(root=str(tmp_path/"x.npy"), image_size=[4, 8])).train
+        sets.train.transform = other.transform  # then that one counts, at once
+        at = loader.address(0)
+        assert torch.equal(sets.train.batch(*at).images, other.batch(*at).images)
+        assert torch.equal(loader.at(0).images, other.batch(*at).images)
         sets.train.prepared = None, None
         sets.train.ready(most=100)
         assert sets.train.prepared[1] is None  # too large
@@ -599,6 +601,7 @@ def test_the_condition_is_of_the_view_that_is_learned(folder, labelled):
             assert set(batch.cond) == ({"image", "label"} if labelled else {"image"})
             assert torch.equal(made[:, :3], batch.images*(1 - made[:, 3:]))
             assert len(made) == len(batch.positions) == len(batch.images)
+            assert torch.equal(made, create_image_condition(data)(batch.images, batch.positions))
 
 
 def test_names_that_clash_and_names_that_nobody_knows(tmp_path, monkeypatch):
@@ -669,7 +672,7 @@ def test_deep_pictures_of_a_folder_keep_their_levels_and_count_their_bytes(tmp_p
     assert set(corner.tolist()) <= set(range(6)) and len(corner.unique()) == len(x)
     source = sets.train.source
     assert source.kept == len(x)*64*4
-    lazy = LazySource(lambda i: torch.zeros(3, 8, 8), 9, keep=2*3*64*4)
+    lazy = LazySource(lambda i: torch.zeros(3, 8, 8), 9, keep=3*3*64*4 - 1)
     lazy.read(torch.arange(9))
     assert len(lazy.cache) == 2
 

@@ -95,3 +95,18 @@ def test_a_network_for_drawing_gives_the_same_at_any_size(change):
             x, t = torch.randn(2, 3, *size), torch.tensor([3., 700.])
             there = made(x, t, *cond)
             assert (fast(x, t, *cond) - there).abs().max() < 1e-4*there.abs().max()
+
+
+def test_the_check_is_without_dropout_and_leaves_the_objective_as_it_was():
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(16, 16), nn.Dropout(0.9)
+
+        def loss(self, batch): return self.dropout(self.layer(batch)).square().mean(1)
+
+    torch.manual_seed(0)
+    for mode in (True, False):
+        objective = Forgetful().train(mode)
+        assert speed.disagreement(objective, torch.randn(8, 16), "bf16") is None
+        assert objective.training == objective.dropout.training == mode
