@@ -7,7 +7,7 @@ __all__ = ['CONFIG', 'WEIGHTS', 'RENAMED', 'OLDER', 'ENTRIES', 'find_autoencoder
            'checked_fields', 'config_of', 'scale_of', 'set_scale', 'read_autoencoder_kl', 'fields_of',
            'write_autoencoder_kl']
 
-# %% ../nbs/15_interop.ipynb #7be565c2
+# %% ../nbs/15_interop.ipynb #83dbd0e3
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder, create_autoencoder
 from .autoencoder_config import AutoencoderConfig
 
-# %% ../nbs/15_interop.ipynb #4b6f8d83
+# %% ../nbs/15_interop.ipynb #dd741b22
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -34,7 +34,7 @@ def find_autoencoder_kl(
     folder = Path(folder).expanduser()
     return next((p for p in (folder, folder/"vae") if (p/CONFIG).is_file()), None)
 
-# %% ../nbs/15_interop.ipynb #040f139e
+# %% ../nbs/15_interop.ipynb #8d212c5b
 #: what stands in our names, and what stands in theirs; applied in turn
 RENAMED = (
     ("latent_out.", "quant_conv."), ("latent_in.", "post_quant_conv."),
@@ -54,7 +54,7 @@ def their_name(
     for our, their in RENAMED: name = name.replace(our, their)
     return name
 
-# %% ../nbs/15_interop.ipynb #a66292cd
+# %% ../nbs/15_interop.ipynb #01e1f076
 #: of attention, in early files
 OLDER = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
          (".proj_attn.", ".to_out.0."))
@@ -65,7 +65,7 @@ def todays_name(name: str) -> str:
     for old, new in OLDER: name = name.replace(old, new)
     return name
 
-# %% ../nbs/15_interop.ipynb #a33b524f
+# %% ../nbs/15_interop.ipynb #d2256709
 class Entry(NamedTuple):
     "A field of diffusers' config."
     default: Any        # where a file leaves it out
@@ -86,7 +86,7 @@ _NUMBER = (lambda v: v is None or _is_number(v), "a number, or null")
 def _all_are(kind: str) -> tuple:
     return lambda v: isinstance(v, list) and {*v} == {kind}, f"{kind}, for every level"
 
-# %% ../nbs/15_interop.ipynb #48b346df
+# %% ../nbs/15_interop.ipynb #e07cabb6
 #: all fields of diffusers' config.json; its own notes begin with _
 ENTRIES = {name: Entry(default, *rule) for name, default, rule in (
     ("_class_name", None, _is("AutoencoderKL")),
@@ -110,7 +110,7 @@ ENTRIES = {name: Entry(default, *rule) for name, default, rule in (
     ("use_post_quant_conv", True, _FLAG),
     ("mid_block_add_attention", True, _FLAG))}
 
-# %% ../nbs/15_interop.ipynb #2616249c
+# %% ../nbs/15_interop.ipynb #cabea977
 def _clashes(about: dict) -> list[str]:
     "Fields that are right by themselves, and do not go together."
     levels, lines = len(about["block_out_channels"]), []
@@ -127,7 +127,7 @@ def _clashes(about: dict) -> list[str]:
         if a != b: lines.append(f"{field}: found {a} with {other} {b}; allowed: the same for both")
     return lines
 
-
+# %% ../nbs/15_interop.ipynb #a9bb33ba
 def checked_fields(
     found: Any,        # what config.json holds
     source: Path,      # for messages
@@ -144,7 +144,7 @@ def checked_fields(
     if lines: raise ValueError("\n".join(f"{source}: {line}" for line in lines))
     return about
 
-# %% ../nbs/15_interop.ipynb #7ad5e066
+# %% ../nbs/15_interop.ipynb #5d2066f7
 def config_of(
     about: dict,  # as `checked_fields` gives it
 ) -> AutoencoderConfig:
@@ -156,7 +156,7 @@ def config_of(
         attention=about["mid_block_add_attention"], norm="group",
         norm_groups=about["norm_num_groups"], latent_convs=about["use_quant_conv"])
 
-# %% ../nbs/15_interop.ipynb #0d04b780
+# %% ../nbs/15_interop.ipynb #cd0aa619
 def scale_of(
     autoencoder: Autoencoder,
 ) -> tuple[float, float | None]:  # scaling_factor, shift_factor
@@ -175,7 +175,7 @@ def set_scale(
     autoencoder.latent_var.fill_(factor**-2)
     autoencoder.latents_seen.fill_(100)  # as many as running averages reach back: it is settled
 
-# %% ../nbs/15_interop.ipynb #ec9fa8e3
+# %% ../nbs/15_interop.ipynb #a158b707
 def _read_config(folder: Path) -> dict:
     "All fields of a folder's config. Raises ValueError."
     try: found = json.loads((folder/CONFIG).read_text("utf-8"))
@@ -197,7 +197,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         f"{file}: it cannot be read as safetensors ({error}): fetch it again") from None
     return {todays_name(name): value.float() for name, value in found.items()}
 
-# %% ../nbs/15_interop.ipynb #be7c7763
+# %% ../nbs/15_interop.ipynb #7f7b55d1
 def _check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor], file: Path) -> None:
     "Hold a file's weights against those of the network that its config describes; by their names."
     missing, extra = ([k for k in a if k not in b] for a, b in ((wanted, state), (state, wanted)))
@@ -228,7 +228,7 @@ def read_autoencoder_kl(
     network.load_state_dict({k: state[their_name(k)] for k in own}, strict=False)
     return network.eval().requires_grad_(False)
 
-# %% ../nbs/15_interop.ipynb #65019ed6
+# %% ../nbs/15_interop.ipynb #6965c47d
 def fields_of(
     autoencoder: Autoencoder,
     image_size: int | tuple[int, int],  # that it was trained on
@@ -253,7 +253,7 @@ def fields_of(
         "scaling_factor": factor, "shift_factor": shift, "use_quant_conv": model.latent_convs,
         "use_post_quant_conv": model.latent_convs, "mid_block_add_attention": model.attention}
 
-# %% ../nbs/15_interop.ipynb #0e1117e9
+# %% ../nbs/15_interop.ipynb #3e2a6f49
 def write_autoencoder_kl(
     autoencoder: Autoencoder,
     folder: Path | str,    # made where it is missing; one that holds other files is refused
