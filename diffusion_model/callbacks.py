@@ -137,12 +137,12 @@ class Evaluate(Callback):
     def after_step(self, trainer: Any, metrics: dict) -> None:
         if not trainer.world.main or not _due(self.every, trainer): return
         from diffusion_model.judge import cache_folder, create_judge, short_name, tensor_images
-        with trainer.averaged() as objective: drawn = objective.draw(self.images)
-        if drawn is None: return
+        with trainer.averaged() as objective: images = objective.judged(self.images)
+        if images is None: return
         if self._judge is None: self._judge = create_judge(
             trainer.cfg.data, trainer.datasets, device=trainer.world.device, cache=cache_folder(),
             metrics=("fd", "kid", "mind", "precision", "recall"))
-        samples = tensor_images(drawn[0])
+        samples = tensor_images(images)
         self._judge.check(samples, labelled=False)
         lines = self._judge.judge(samples)
         trainer.trackers.log(trainer.step, {short_name(line): line.value for line in lines})

@@ -298,7 +298,7 @@ def _describe(trainer, say) -> None:
         + (f", in {world.size} processes" if world.size > 1 else "")
         + f"; {len(trainer.datasets.train):,} training images; run directory {trainer.run_dir}")
 
-
+# %% ../nbs/43_cli.ipynb #fdf951ff
 def _conclude(trainer, say) -> int:
     "Say how the run ended and how to go on; the exit code."
     run = trainer.run_dir
@@ -308,8 +308,17 @@ def _conclude(trainer, say) -> int:
         return 128 + trainer.stopped_by
     if trainer.stop: say(f"stopped at step {trainer.step}: no better validation loss since "
                          f"{trainer.cfg.training.patience} validations")
-    say(f"samples: {run}/samples; more: diffusion-sample --checkpoint {run}")
+    say(_next_words(trainer.cfg, run))
     return 0
+
+
+def _next_words(cfg: Config, run: Path) -> str:
+    "What to do with a run that has ended; its config says whether images are drawn with it."
+    if getattr(cfg.model, "denoises", True):
+        return f"samples: {run}/samples; more: diffusion-sample --checkpoint {run}"
+    return (f"reconstructions: {run}/samples; how good they are: diffusion-evaluate --checkpoint "
+            f"{run}; to draw in its latents: diffusion-train --config latent "
+            f"--data.autoencoder {run}")
 
 # %% ../nbs/43_cli.ipynb #2274f886
 def _network_of(argv: list[str]) -> str:
@@ -344,7 +353,9 @@ def _say_costs(trainer, say) -> int:
     "Print what the network costs; the FLOPs of one image, there and back, or 0 if not known."
     from diffusion_model.summary import summary
     t, objective = trainer.cfg.training, trainer.objective
-    if not hasattr(objective, "denoiser"): return 0  # what is not called as (x, time, cond)
+    if not hasattr(objective, "denoiser"):  # what is not called as (x, time, cond)
+        say(f"{sum(p.numel() for p in objective.parameters()):,} parameters")
+        return 0
     parts = t.accumulation*trainer.world.size
     costs = summary(objective.denoiser.network, objective.space.shape, -(-t.batch_size//parts),
                     precision=trainer.levers.precision, averages=len(trainer.emas),
@@ -868,6 +879,7 @@ data, such as --data.root, where the data are elsewhere now, or --image_size for
 examples:
   diffusion-evaluate --checkpoint outputs/quickstart
   diffusion-evaluate --checkpoint outputs/fashion_mnist --num_samples 2000 --metrics fd,kid
+  diffusion-evaluate --checkpoint outputs/autoencoder
   diffusion-evaluate --samples drawn/ --config fashion_mnist --image_size 28
   diffusion-evaluate --samples drawn/ --reference photographs/
   torchrun --nproc_per_node 2 --no-python diffusion-evaluate --checkpoint outputs/cifar10"""
@@ -887,7 +899,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
 # %% ../nbs/43_cli.ipynb #632b0d64
 def _add_evaluate_options(add) -> None:
     add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), or a "
-        "checkpoint: samples are drawn from it")
+        "checkpoint: samples are drawn from it; or, with an autoencoder, the reference's images "
+        "reconstructed")
     add("--samples", metavar="PATH", help="or: a folder of PNG files, or a .npy or .npz file of "
         "bytes, of this or any other program")
     add("--config", metavar="NAME", help="with --samples: whose data they should be like")
@@ -895,8 +908,8 @@ def _add_evaluate_options(add) -> None:
         "of the data; or a folder or file of images")
     add("--num_samples", "--num-samples", metavar="N", help="how many; default: 10000, or all")
     add("--metrics", metavar="A,B", help="default: all that the data allow. Known are fd, kid, "
-        "mind, precision, recall, density, coverage, accuracy, memorised; and, for a checkpoint, "
-        "bits_per_dim and ode_bits_per_dim, which take long")
+        "mind, precision, recall, density, coverage, accuracy, memorised; for a checkpoint "
+        "bits_per_dim and ode_bits_per_dim, which take long; for an autoencoder's psnr")
     add("--features", metavar="A,B", help="networks that look, such as fmnist-a,fmnist-b,pixels, "
         "imagenet, inception; default: those made for the data")
     add("--best", action="store_true", help="the run's checkpoint with the least validation loss")
@@ -944,6 +957,17 @@ def _check_evaluated(args) -> None:
                            "or --reference FOLDER"])
 
 # %% ../nbs/43_cli.ipynb #2bf1b96e
+def _asked_metrics(args) -> tuple[list | None, list]:
+    "The metrics of images that are asked for, and those of models. Raises ConfigError."
+    from diffusion_model import evaluation, report
+    images = [*evaluation.METRICS]
+    names = _listed(args.metrics, [*images, *report.LIKELIHOODS, "psnr"], "--metrics")
+    of_models = [name for name in names or () if name not in images]
+    if of_models and args.samples: raise ConfigError([
+        f"--metrics: {of_models[0]} needs a model: name one by --checkpoint"])
+    return names and [name for name in names if name in images], of_models
+
+# %% ../nbs/43_cli.ipynb #6f595af7
 def _image_files(path: str, option: str, **how):
     "The images of a folder, or of a file. Raises FileNotFoundError and ValueError."
     from diffusion_model.judge import array_images, folder_images
@@ -1004,6 +1028,8 @@ def _judge_checkpoint(args, overrides: list[str], features: list | None, world, 
     words = _sampling_words(args, overrides, also=_MOVED)
     checkpoint = load_checkpoint(path, best=args.best, read=("config",))
     cfg = change_config(checkpoint.config, words)
+    if not getattr(cfg.model, "denoises", True):
+        return _judge_autoencoder(args, checkpoint, cfg, features, world, **how)
     denoiser = load_denoiser(checkpoint, device=world.device)
     datasets = create_dataset(cfg.data)
     judge = create_judge(cfg.data, datasets, _reference(args, cfg.data.channels), features,
@@ -1012,6 +1038,24 @@ def _judge_checkpoint(args, overrides: list[str], features: list | None, world, 
     samples = model_images(denoiser, n, model.cond, args.seed, cfg.sampling,
                            f"samples of {checkpoint.path}")
     return judge, samples, model, checkpoint
+
+# %% ../nbs/43_cli.ipynb #0351f0e6
+def _judge_autoencoder(args, checkpoint, cfg: Config, features: list | None, world, **how):
+    "Judge, reconstructions, what makes them, and checkpoint. Raises ConfigError."
+    from diffusion_model.dataset import create_dataset
+    from diffusion_model.generation import load_network
+    from diffusion_model.judge import Reconstructed, create_judge
+    given = [f"--{name}" for name in _OWN[1:] if getattr(args, name)]
+    if given: raise ConfigError([
+        f"{given[0]}: says how to draw, and an autoencoder only reconstructs: leave it out"])
+    autoencoder, _ = load_network(checkpoint, device=world.device)
+    judge = create_judge(cfg.data, create_dataset(cfg.data), _reference(args, cfg.data.channels),
+                         features, world.device, world=world, **how)
+    n = _count(args.num_samples, min(10_000, judge.reference.count))
+    model = Reconstructed(autoencoder, _first(judge.reference, n), cfg.data,
+                          cfg.sampling.sample_batch_size,
+                          f"{judge.reference.name} through {checkpoint.path}")
+    return judge, model.images, model, checkpoint
 
 # %% ../nbs/43_cli.ipynb #e05502bc
 def _report_folder(args, step: Path | None) -> Path:
@@ -1031,7 +1075,8 @@ def _facts(args, judge, samples, model, checkpoint) -> dict:
     name = args.checkpoint or args.samples
     title = Path(name).name if checkpoint is None else \
         f"{_run_of(checkpoint.path).name} after {checkpoint.step:,} steps"
-    drawn = None if model is None else model.sampling.model_dump(mode="json") | {"seed": model.seed}
+    drawn = model.sampling.model_dump(mode="json") | {"seed": model.seed} \
+        if hasattr(model, "sampling") else None
     return {"title": f"How good is {title}?",
             "words": f"{samples.count:,} images of {samples.shape[1]}×{samples.shape[2]} pixels "
                      f"from {name}, beside {judge.reference.count:,} of {judge.reference.name}",
@@ -1045,25 +1090,23 @@ def _facts(args, judge, samples, model, checkpoint) -> dict:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
     "Judge samples, as the command line says."
     _check_evaluated(args)
-    from diffusion_model import evaluation, features, judge as judging, report
+    from diffusion_model import features, judge as judging, report
     from diffusion_model.processes import World
-    metrics = _listed(args.metrics, [*evaluation.METRICS, *report.LIKELIHOODS], "--metrics")
+    metrics, of_models = _asked_metrics(args)
     eyes = _listed(args.features, features.FEATURES, "--features")
-    likelihoods = [m for m in metrics or () if m in report.LIKELIHOODS]
-    if likelihoods and args.samples: raise ConfigError([
-        f"--metrics: {likelihoods[0]} needs a model: name one by --checkpoint"])
     world = World(args.device or "auto") if args.checkpoint else World("cpu")
-    how = dict(metrics=metrics and [m for m in metrics if m not in likelihoods],
-               cache=None if args.no_cache else judging.cache_folder(),
+    how = dict(metrics=metrics, cache=None if args.no_cache else judging.cache_folder(),
                progress=world.main and sys.stderr.isatty())
     model = checkpoint = None
     if args.samples: judge, samples = _judge_files(args, overrides, eyes, **how)
     else: judge, samples, model, checkpoint = _judge_checkpoint(
         args, overrides, eyes, world, **how)
-    judge.check(samples, labelled=model is None or model.denoiser.num_classes > 0)
+    report.check_likelihoods(of_models, model)
+    judge.check(samples, labelled=not hasattr(model, "denoiser") or model.denoiser.num_classes > 0)
     folder = _report_folder(args, checkpoint and checkpoint.path)
     lines = report.evaluate_samples(judge, samples, folder, _facts(
-        args, judge, samples, model, checkpoint), model, likelihoods)
+        args, judge, samples, model, checkpoint), model,
+        [name for name in of_models if name in report.LIKELIHOODS])
     if world.main:
         if checkpoint: report.record(_run_of(checkpoint.path), checkpoint.step, lines,
                                      checkpoint.config)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LEAST', 'FOLDS', 'Images', 'folder_images', 'array_images', 'tensor_images', 'dataset_images', 'asked_labels',
            'model_images', 'Seen', 'look', 'create_eyes', 'cached', 'Judge', 'Floor', 'disjoint_parts', 'Line',
-           'short_name', 'metric_name', 'in_short', 'table', 'create_judge', 'cache_folder']
+           'short_name', 'metric_name', 'in_short', 'table', 'create_judge', 'Reconstructed', 'quality_line',
+           'cache_folder']
 
 # %% ../nbs/41_judge.ipynb #ef4beb2b
 import copy
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../nbs/41_judge.ipynb #0efca028
+from .autoencoder import Autoencoder
 from .config import DataConfig, SamplingConfig
 from .counters import permutation
 from .dataset import (
@@ -38,6 +40,7 @@ from .features import Features, create_features, features_for
 from .generation import generate
 from .pixels import Pixels, cache_folder, to_uint8
 from .processes import World
+from .reconstruction import psnr
 from .transforms import as_channels, to_tensor
 
 # %% ../nbs/41_judge.ipynb #a949536b
@@ -534,3 +537,47 @@ def create_judge(
     reference = parts.get(reference, reference) if isinstance(reference, str) else reference
     eyes = create_eyes(features or features_for(data.dataset), parts["train"], device)
     return Judge(eyes, reference, parts["train"], parts["test"], **how)
+
+# %% ../nbs/41_judge.ipynb #08766882
+class Reconstructed:
+    "What an autoencoder makes of images, made when asked for."
+    def __init__(self,
+        autoencoder: Autoencoder,
+        originals: Images,
+        data: DataConfig,       # in whose range it takes images
+        batch_size: int = 64,
+        name: str = "reconstructions",
+    ):
+        self.autoencoder, self.originals, self.batch_size = autoencoder, originals, batch_size
+        self.pixels = Pixels(data)
+        self.quality = torch.full((originals.count,), torch.nan)  # PSNR, dB, of what was made
+        self.images = originals._replace(name=name, read=self.read, content="")
+
+    @torch.no_grad()
+    def make(self, x: Tensor) -> Tensor:  # uint8 (b, C, H, W), both
+        "Images there and back."
+        low, high = self.pixels.range
+        device = next(self.autoencoder.parameters()).device
+        x = low + (high - low)/255*x.to(device).float()
+        return self.pixels.decode(self.autoencoder(x)).cpu()
+
+    def read(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for x, labels in self.originals.read(first, last):
+            made = torch.cat([self.make(part) for part in x.split(self.batch_size)])
+            self.quality[first:first + len(x)] = psnr(made, x).clamp(max=100)  # equal: infinite
+            first += len(x)
+            yield made, labels
+
+# %% ../nbs/41_judge.ipynb #6ab925aa
+def quality_line(
+    reconstructed: Reconstructed,  # whose images were looked at
+    world: World = None,           # several processes had a share each
+) -> Line:                         # the mean over images, in dB; it has no floor
+    "How near reconstructions come to their originals: the peak signal-to-noise ratio."
+    known = reconstructed.quality[~reconstructed.quality.isnan()].double()
+    sums = known.sum().item(), known.square().sum().item(), len(known)
+    total, square, n = world.sum(*sums) if world else sums
+    mean = total/n
+    error = (max(0., square/n - mean**2)/n)**0.5
+    name = f"PSNR[model, n={round(n)}, {reconstructed.originals.name}, ± {error:.2g}]"
+    return Line("psnr", "model", name, mean, None, "higher")

@@ -46,6 +46,13 @@ class Objective(nn.Module):
         "The training images, in the form in which a batch of them costs least."
         return images
 
+# %% ../nbs/30_loss.ipynb #7c64d42e
+@patch
+def judged(self: Objective, n: int) -> Tensor | None:  # uint8 (at most n, C, H, W)
+    "The images by which it is judged, or None where there are none."
+    drawn = self.draw(n)
+    return None if drawn is None else drawn[0]
+
 # %% ../nbs/30_loss.ipynb #d1a3f0aa
 @patch
 def draw(self: Objective, n: int, keep: int = 0) -> tuple[Tensor, list[Tensor]] | None:

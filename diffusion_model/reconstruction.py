@@ -148,3 +148,13 @@ def draw(self: Reconstruction,
 @patch
 def titles(self: Reconstruction, n: int) -> list[str]:
     return [("original", "reconstruction")[i % 2] for i in range(n)]
+
+# %% ../nbs/30_reconstruction.ipynb #becae771
+@patch
+@torch.no_grad()
+def judged(self: Reconstruction, n: int) -> Tensor:  # uint8 (at most n, C, H, W)
+    "Reconstructions of held-out images, the first ones."
+    held, device = self.datasets.validation, next(self.parameters()).device
+    batches = torch.arange(min(n, len(held))).split(self.cfg.sampling.sample_batch_size)
+    return torch.cat([self.space.decode(self.network(held.batch(at).images.to(device))).cpu()
+                      for at in batches])

@@ -45,8 +45,10 @@ TESTS = {
                   "faults/test_processes.py"],
     "objective": ["test_asking.py", *RUNS], "training": RUNS, "callbacks": RUNS,
     "generation": ["test_cli.py", *RUNS],
-    "cli": ["test_asking.py", "faults/test_fields.py", "faults/test_saving.py", "test_judge.py"],
-    "features": ["test_judge.py"], "report": ["test_judge.py"],
+    "cli": ["test_asking.py", "faults/test_fields.py", "faults/test_saving.py", "test_judge.py",
+            "test_reconstructed.py"],
+    "features": ["test_judge.py"], "report": ["test_judge.py", "test_reconstructed.py"],
+    "judge": ["test_reconstructed.py"], "interop": ["test_reconstructed.py"],
 }
 
 
