@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .autoencoder import Normal
 from .config import Config
 from .counters import counter_normal
 from .dataset import Batch, Datasets, ImageSet
@@ -44,7 +45,8 @@ class Reconstruction(Objective):
         super().__init__()
         self.cfg, self.datasets, self.space = cfg, datasets, create_space(cfg.data)
         self.network_name = None if network is None else type(network).__name__
-        self.network = network or create_network(cfg.model, self.space.shape)
+        if network is None: network = create_network(cfg.model, self.space.shape)
+        self.network = network
         self.features = None if cfg.model.perceptual is None else Maps(
             create_features(cfg.model.perceptual))
 
@@ -59,17 +61,17 @@ class Maps:
 
     def _keep(self, module, given, found): self.found.append(found)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:  # (B, C, H, W) in [-1, 1] -> (B, c, h, w) each
+    def __call__(self, x: Tensor) -> list[Tensor]:  # (B, C, H, W) in [0, 255] -> (B, c, h, w) each
         self.features.parts.to(x.device)
         self.found = []
-        self.features.encode((x + 1)*127.5)
+        self.features.encode(x)
         return self.found
 
 # %% ../nbs/30_reconstruction.ipynb #cb58e924
 def perceptual_distance(
     maps: Maps,
-    a: Tensor,  # (B, C, H, W) in [-1, 1]
-    b: Tensor,  # (B, C, H, W) in [-1, 1]
+    a: Tensor,  # (B, C, H, W), bytes, or floats in [0, 255]
+    b: Tensor,  # (B, C, H, W), the same
 ) -> Tensor:    # (B,)
     "How far apart two images are in the maps of a network (after Zhang et al. 2018, Eq. 1)."
     with torch.no_grad(): theirs = maps(b)
@@ -79,36 +81,48 @@ def perceptual_distance(
 
 # %% ../nbs/30_reconstruction.ipynb #76385a44
 @patch
-def terms(self: Reconstruction,
+def reconstruct(self: Reconstruction,
     x: Tensor,       # (B, C, H, W)
     noise: Tensor | None = None,  # standard normal, of the latents' shape; None: their means
-) -> dict[str, Tensor]:  # each (B,): what the loss is made of, and with what weights; images
-    "Reconstruct, and say what is wrong with it."
-    model = self.cfg.model
-    latents = self.network.encode(x)
-    if self.training: self.network.watch(latents.mean)
-    z = latents.mean if noise is None else latents.sample(noise.to(latents.mean))
-    back = self.network.decode(z)
-    found = {"error": ERRORS[model.error](back.float(), x).flatten(1).mean(1),
-             "kl": latents.kl().float()/x[0].numel(), "images": back}
-    if self.features is not None: found["perceptual"] = perceptual_distance(self.features, back, x)
-    return found
+) -> tuple[Tensor, Normal]:       # x̂ (B, C, H, W), and the latents' normal, both float32
+    "Images, there and back through their latents."
+    found = self.network.encode(x)
+    latents = Normal(found.mean.float(), found.logvar.float())
+    z = latents.mean if noise is None else latents.sample(noise)
+    return self.network.decode(z).float(), latents
 
-
+# %% ../nbs/30_reconstruction.ipynb #93210a48
 @patch
-def loss(self: Reconstruction, batch: Batch) -> Tensor:  # (B,)
-    "Error, KL divergence and perceptual distance of each sample, as the config weighs them."
-    model, x = self.cfg.model, batch.images
-    shape, at = model.latent_shape(x.shape[1:]), batch.positions.to(x.device, non_blocking=True)
-    noise = counter_normal(self.cfg.training.seed, "latents", at, shape)
-    return self.weighed(self.terms(x, noise))
+def terms(self: Reconstruction,
+    x: Tensor,        # (B, C, H, W)
+    back: Tensor,     # x̂ (B, C, H, W)
+    latents: Normal,  # of which x̂ was made
+) -> dict[str, Tensor]:  # each (B,), not weighed
+    "What the loss is made of: 'error', 'kl' per number of the image, perhaps 'perceptual'."
+    found = {"error": ERRORS[self.cfg.model.error](back, x).flatten(1).mean(1),
+             "kl": latents.kl()/x[0].numel()}
+    if self.features is None: return found
+    low, high = self.space.range
+    shown = [(y - low)*(255/(high - low)) for y in (back, x)]
+    return found | {"perceptual": perceptual_distance(self.features, *shown)}
 
-# %% ../nbs/30_reconstruction.ipynb #3ca7446c
+
 @patch
 def weighed(self: Reconstruction, terms: dict[str, Tensor]) -> Tensor:  # (B,)
     "The sum that is trained."
     model, total = self.cfg.model, terms["error"] + self.cfg.model.kl_weight*terms["kl"]
     return total + model.perceptual_weight*terms["perceptual"] if "perceptual" in terms else total
+
+# %% ../nbs/30_reconstruction.ipynb #3ca7446c
+@patch
+def loss(self: Reconstruction, batch: Batch) -> Tensor:  # (B,)
+    "Error, KL divergence and perceptual distance of each sample, as the config weighs them."
+    x, at = batch.images, batch.positions.to(batch.images.device, non_blocking=True)
+    shape = self.cfg.model.latent_shape(x.shape[1:])
+    noise = counter_normal(self.cfg.training.seed, "latents", at, shape)
+    back, latents = self.reconstruct(x, noise)
+    if self.training: self.network.watch(latents.mean)
+    return self.weighed(self.terms(x, back, latents))
 
 # %% ../nbs/30_reconstruction.ipynb #f1b155dd
 @patch
@@ -119,10 +133,10 @@ def validate(self: Reconstruction,
     "How well held-out images are reconstructed, from the means of their latents."
     device, sums = next(self.parameters()).device, torch.zeros(6, dtype=torch.float64)
     for x, _, _ in held_out(data, world, device, batch_size, images):
-        terms = self.terms(x)
-        z = self.network.scaled(self.network.encode(x).mean).double().flatten(1)
-        quality = psnr(self.space.decode(terms["images"]), self.space.decode(x))
-        rows = [self.weighed(terms), quality, terms["kl"]*x[0].numel(), z.mean(1),
+        back, latents = self.reconstruct(x)
+        z = self.network.scaled(latents.mean).double().flatten(1)
+        quality = psnr(self.space.decode(back), self.space.decode(x))
+        rows = [self.weighed(self.terms(x, back, latents)), quality, latents.kl(), z.mean(1),
                 z.square().mean(1), torch.ones(len(x))]
         sums += torch.stack([row.double().cpu().sum() for row in rows])
     *sums, n = world.sum(*sums.tolist())
