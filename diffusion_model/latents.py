@@ -67,7 +67,7 @@ def saved_autoencoder(
     load_weights(network, state, checkpoint.path)
     return network.eval().requires_grad_(False)
 
-# %% ../nbs/29_latents.ipynb #new-misfits
+# %% ../nbs/29_latents.ipynb #01ce4b64
 def _misfits(network: Autoencoder, mean: float, std: float, data: Any) -> list[str]:
     "A sentence for each thing in which images are not those that an autoencoder takes."
     facts = (("channels", data.channels, network.channels), ("mean", data.mean, mean),
@@ -89,7 +89,7 @@ def _same_weights(network: nn.Module, state: dict, prefix: str, *_) -> None:
         "data.autoencoder: found another autoencoder than the one in whose latents this run was "
         "trained: name that one, or the run itself, which carries it"])
 
-# %% ../nbs/29_latents.ipynb #new-opened
+# %% ../nbs/29_latents.ipynb #7eab4f19
 def _opened(path: str | None) -> Checkpoint:
     "The checkpoint that a config names. Raises ConfigError."
     try: return load_checkpoint(Path(path or "").expanduser())
@@ -126,7 +126,7 @@ class Latents(Space):
         network.register_load_state_dict_pre_hook(_same_weights)
         self._network = network
 
-# %% ../nbs/29_latents.ipynb #new-facts
+# %% ../nbs/29_latents.ipynb #c00cec6a
 @patch(as_prop=True)
 def shape(self: Latents) -> tuple[int, int, int]:  # channels, height, width of a latent
     return self.autoencoder.config.latent_shape(self.pixels.shape)
@@ -301,7 +301,7 @@ def _vouched(folder: Path, about: dict) -> bool:
     warnings.warn(f"{folder}: its latents are damaged, or others; they are computed anew")
     return False
 
-# %% ../nbs/29_latents.ipynb #new-sweep
+# %% ../nbs/29_latents.ipynb #37de3e8a
 def _sweep(root: Path) -> None:
     "Remove what was left half-written, where the process that wrote it is no more."
     for part in root.glob("*.part"):
