@@ -11,7 +11,10 @@ a round of both in turn, medians. `--least` images/s are asked for (50,000).
 the time does it wait for a batch? From the second pass on under 3 % are asked for. Beside it
 `ImageFolder` with transforms v2 in a `DataLoader`, the same network and batches.
 
-    python benchmarks/data.py [arrays] [folder] [--root DIR] [--json FILE]    # default: both
+`latents`: latents of 8×8 places of 4 numbers, both ways round, from the disk, at random places of
+the data set; and how long it would take to encode them batch by batch. 20,000 a second are asked for.
+
+    python benchmarks/data.py [arrays] [folder] [latents] [--root DIR] [--json FILE]  # default: all
 
 Less than two minutes on two cores. Files go to a new folder here, and are deleted. The exit code is
 1 where less is reached than is asked for.
@@ -34,9 +37,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from diffusion_model.autoencoder import create_autoencoder
+from diffusion_model.autoencoder_config import AutoencoderConfig
 from diffusion_model.config import DataConfig, load_config
 from diffusion_model.dataset import create_dataset, create_loader, draw_shapes
 from diffusion_model.denoiser import create_denoiser, diffusion_loss
+from diffusion_model.latents import Latents
 from diffusion_model.networks import create_network
 from diffusion_model.optimizer import create_optimizer
 
@@ -176,8 +182,35 @@ def folder(place, args, batch=16, each=4):
     return {"files": args.files, "rows": rows, "worst": worst, "reached": worst < 0.03}
 
 
+# -- latents
+
+def latents(place, args, batch=256, each=20):
+    data = DataConfig(dataset="shapes", image_size=64, train_size=4096, space="latents",
+                      autoencoder="drawn")
+    model = AutoencoderConfig(base_channels=32, channel_multipliers=[1, 2, 3], num_res_blocks=1,
+                              attention=False, norm_groups=8, patch_size=2)
+    os.environ["DIFFUSION_MODEL_CACHE"] = str(place/"cache")
+    torch.manual_seed(0)
+    network, images = create_autoencoder(model, data.shape).eval(), create_dataset(data).train
+    some = images.batch(torch.arange(batch)).images
+    with torch.no_grad(): network.watch(network.encode(some).mean)  # as if it had been trained
+    space = Latents(data)
+    space._take(network, data.mean, data.std)
+    _, encoding = timed(space.encode, some)
+    kept, once = timed(space.prepared, images)
+    batches = iter(create_loader(kept, batch, seed=0))
+    take(batches, 2*len(kept)//batch)  # the pages of the file come in
+    rates = [each*batch/timed(take, batches, each)[1] for _ in range(args.rounds)]
+    rate, encoded = statistics.median(rates), batch/encoding
+    print(f"latents: {rate:,.0f}/s from the disk; {encoded:,.0f} images/s if each is encoded, "
+          f"{rate/encoded:,.0f} times slower; asked for are 20,000/s. "
+          f"{len(kept):,} images took {once:.1f} s, once, both ways round")
+    return {"rates": rates, "rate": rate, "encoded": encoded, "once": once,
+            "reached": rate >= 20_000}
+
+
 if __name__ == "__main__":
-    parts = {"arrays": arrays, "folder": folder}
+    parts = {"arrays": arrays, "folder": folder, "latents": latents}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"{', '.join(parts)}; default: all")
     parser.add_argument("--root", default="data", help="holds FashionMNIST")

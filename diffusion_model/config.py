@@ -440,11 +440,11 @@ def _check_channels(data: DataConfig) -> list[str]:
 # %% ../nbs/20_config.ipynb #0e96624d
 def _check_objective(model: BaseModel, training: TrainingConfig, data: DataConfig) -> list[str]:
     "An autoencoder is trained to reconstruct images, and everything else is not."
-    kinds = {"autoencoder": model.name == "autoencoder", "diffusion": model.name != "autoencoder"}
-    if kinds.get(training.objective, True): return _check_latents(data)
-    fits = "autoencoder" if model.name == "autoencoder" else "diffusion"
-    return [f"training.objective: found '{training.objective}' with model.name '{model.name}': "
-            f"choose objective '{fits}'"]
+    found, fits = training.objective, "autoencoder" if model.name == "autoencoder" else "diffusion"
+    if found != fits and found in ("autoencoder", "diffusion"): return [
+        f"training.objective: found '{found}' with model.name '{model.name}': choose '{fits}'"]
+    return [f"data.space: found '{data.space}' with objective 'autoencoder', which learns from "
+            "images: choose 'pixels'"]*(found == "autoencoder" and data.space != "pixels")
 
 
 def _check_latents(data: DataConfig) -> list[str]:
@@ -491,7 +491,7 @@ _CLASHES = ((_check_network, ("model", "data")), (_check_signal, ("diffusion",))
             (_check_sampling, ("diffusion", "sampling")),
             (_check_labels, ("model", "data", "training", "sampling")),
             (_check_channels, ("data",)), (_check_batches, ("data", "training")),
-            (_check_objective, ("model", "training", "data")),
+            (_check_objective, ("model", "training", "data")), (_check_latents, ("data",)),
             (_check_clamping, ("data", "sampling")))
 
 

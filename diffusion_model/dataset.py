@@ -745,6 +745,12 @@ def describe(self: Shapes, indices: Tensor) -> dict:
     "What these figures are drawn from."
     return {"drawn_by": "draw_shapes", "seed": self.seed, "image_size": self.image_size}
 
+
+@patch(as_prop=True)
+def cond(self: Shapes) -> Tensor:  # int64 (N,)
+    "The label of each figure, which is known without drawing it."
+    return torch.arange(self.size) % len(FIGURES)
+
 # %% ../nbs/23_dataset.ipynb #fc869553
 @patch
 def describe(self: ArraySource, indices: Tensor) -> dict:
@@ -777,7 +783,8 @@ def hash_files(
 ) -> str:  # 64 hex digits
     "The sha256 of every byte of some files, in this order."
     total = hashlib.sha256()
-    for path in paths: total.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in paths:
+        with open(path, "rb") as file: total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
@@ -788,10 +795,12 @@ def content_of(
     "A hash of the images, and of what prepares them."
     load, indices = getattr(images.source, "load", None), images.indices
     if hasattr(load, "paths"): facts = hash_files([load.paths[i] for i in indices.tolist()])
-    elif hasattr(images.source, "describe"):
+    elif hasattr(images.source, "describe") and (
+            load is None or isinstance(load, _Item) or hasattr(load, "describe")):
         facts = json.dumps(images.source.describe(indices), sort_keys=True)
     else: return ""
-    shown = (facts, len(indices), data.image_size, data.channels, data.crop, data.background)
+    part = data.dataset, getattr(images.source, "first", 0)  # figures: of which split
+    shown = (facts, part, len(indices), data.image_size, data.channels, data.crop, data.background)
     return hashlib.sha256(repr(shown).encode()).hexdigest()
 
 # %% ../nbs/23_dataset.ipynb #3b9d090c

@@ -37,8 +37,9 @@ def test_shipped_configs(name, tmp_path):
     load_config(name, ["--max_steps", "1"])
 
 
-def test_shipped_are_five():
-    assert list_configs() == ["cifar10", "default", "fashion_mnist", "image_folder", "quickstart",
+def test_shipped_are_these():
+    assert list_configs() == ["autoencoder", "cifar10", "default", "fashion_mnist",
+                              "image_folder", "latent", "quickstart",
                               "super_resolution"]
 def test_defaults_equal_the_file(): assert load_config("default") == Config()
 
@@ -261,7 +262,8 @@ SHORT = {
         "dataset root download space image_size channels crop horizontal_flip "
         "mean std background bad_images if_changed validation_fraction train_size "
         "validation_size test_size data_seed num_workers caption_length caption_words "
-        "image_condition image_condition_factor image_column label_column caption_column"
+        "image_condition image_condition_factor image_column label_column caption_column "
+        "autoencoder latent_sample"
     ),
     "sampling": (
         "solver steps spacing eta churn churn_min churn_max churn_noise "
@@ -524,7 +526,8 @@ def test_other_spaces_and_conditions_are_judged_by_others(toy, monkeypatch):
     "Only a space knows its shape; only a network without num_classes what it is conditioned on."
     monkeypatch.setitem(sys.modules, "diffusion_model.space",
                         SimpleNamespace(SPACES={"pixels": 1, "latents": 2}))
-    load_config("default", {"space": "latents", "image_size": 28})
+    load_config("default", {"space": "latents", "image_size": 28, "autoencoder": "outputs/a",
+                            "clip_x0": "false"})
     load_config("default", {"model.name": "toy", "guidance_scale": 2., "dataset": "CIFAR10"})
     load_config("default", {"model.name": "toy", "label_dropout": 0., "guidance_scale": 2.})
 

@@ -37,7 +37,7 @@ class ToySchedule(scheduler.FlowSchedule):
     def t_of_log_snr(self, l): return torch.sigmoid(-l/2)**0.5
 
 
-class Halves:
+class Halves(space.Space):
     "A space of half the values, and one number more a pixel."
     range = None
 

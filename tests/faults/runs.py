@@ -75,3 +75,30 @@ def python(folder, code, *arguments, **environment):
     return subprocess.run([sys.executable, script, *map(str, arguments)],
                           env=ENVIRONMENT | environment, cwd=folder, text=True, capture_output=True,
                           timeout=240)
+
+
+# -- an autoencoder, and a model in its latents: 8×8×3 pixels become 4×4×4 numbers
+
+LITTLE = {"base_channels": 8, "norm_groups": 4, "channel_multipliers": "[1]", "num_res_blocks": 1,
+          "image_size": 8, "batch_size": 6, "max_steps": 20, "train_size": 90,
+          "validation_size": 6, "test_size": 6, "device": "cpu", "horizontal_flip": "true",
+          "warmup_steps": 5, "checkpoint_every": 5, "log_every": 1, "progress": "false"}
+
+
+def autoencoder_config(folder, **change):
+    return load_config("autoencoder", LITTLE | {"patch_size": 2, "output_dir": str(folder)}
+                       | change)
+
+
+def latent_words(folder, autoencoder, **change):
+    "A tiny run in the latents of `autoencoder`, as the command line has it."
+    fields = LITTLE | {"attention_resolutions": "[]", "dropout": 0.1, "num_samples": 4, "steps": 2,
+                       "output_dir": str(folder), "autoencoder": str(autoencoder)} | change
+    return ["--config", "latent"] + [f"--{k}={v}" for k, v in fields.items()]
+
+
+def latent_config(folder, autoencoder, **change):
+    return load_config("latent", latent_words(folder, autoencoder, **change)[2:])
+
+
+def run_of(cfg, *callbacks): return Trainer(cfg, callbacks=[Log(1), SaveCheckpoints(5), *callbacks])
