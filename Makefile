@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks classifiers clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent classifiers clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -79,6 +79,9 @@ benchmarks: train  ## Measure solvers, the trainer, judging, the quick start and
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/preset.py
+
+latent: $(READY)  ## Measure pixels against latents at equal time (over an hour; ARGS='--data FOLDER')
+	$(BIN)/python benchmarks/latent.py --out outputs/pixels_or_latents $(ARGS)
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)

@@ -38,9 +38,8 @@ from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, Evidence, score
 from .features import Features, create_features, features_for
 from .generation import generate
-from .pixels import Pixels, cache_folder, to_uint8
+from .pixels import Pixels, cache_folder, psnr, to_uint8
 from .processes import World
-from .reconstruction import psnr
 from .transforms import as_channels, to_tensor
 
 # %% ../nbs/41_judge.ipynb #a949536b

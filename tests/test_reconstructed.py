@@ -16,7 +16,7 @@ from diffusion_model.interop import set_scale, write_autoencoder_kl
 from diffusion_model.judge import Reconstructed, create_judge, dataset_images, quality_line
 from diffusion_model.latents import saved_autoencoder
 from diffusion_model.processes import World
-from diffusion_model.reconstruction import psnr
+from diffusion_model.pixels import psnr
 
 SIZES = ["--image_size", "16", "--train_size", "400", "--test_size", "300", "--batch_size", "8",
          "--base_channels", "8", "--norm_groups", "4", "--num_res_blocks", "1", "--log_every", "1",

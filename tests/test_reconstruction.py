@@ -10,7 +10,8 @@ from diffusion_model.dataset import create_dataset
 from diffusion_model.features import create_features
 from diffusion_model.objective import create_objective
 from diffusion_model.processes import World
-from diffusion_model.reconstruction import Maps, perceptual_distance, psnr
+from diffusion_model.pixels import psnr
+from diffusion_model.reconstruction import Maps, perceptual_distance
 from diffusion_model.tracking import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent/"faults"))
