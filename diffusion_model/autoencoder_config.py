@@ -22,7 +22,11 @@ _Positive = Annotated[int, Field(ge=1)]
 class _Layers(BaseModel):
     "Levels and widths; the decoder has the encoder's, in the other order."
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
-    denoises: ClassVar[bool] = False  # it is no network that samples are drawn with
+    #: why no samples are drawn with it, and what to do instead
+    cannot_draw: ClassVar[str] = (
+        "it is an autoencoder, which reconstructs images and draws none. To draw, train a model in "
+        "its latents: diffusion-train --config latent --data.autoencoder RUN; to see how well it "
+        "reconstructs: diffusion-evaluate --checkpoint RUN")
     name: Literal["autoencoder"] = Field(
         "autoencoder", description="the network; a key of networks.NETWORKS")
     latent_channels: int = Field(4, ge=1, le=1024, description="numbers of each latent place")

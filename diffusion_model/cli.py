@@ -314,7 +314,7 @@ def _conclude(trainer, say) -> int:
 
 def _next_words(cfg: Config, run: Path) -> str:
     "What to do with a run that has ended; its config says whether images are drawn with it."
-    if getattr(cfg.model, "denoises", True):
+    if not hasattr(cfg.model, "cannot_draw"):
         return f"samples: {run}/samples; more: diffusion-sample --checkpoint {run}"
     return (f"reconstructions: {run}/samples; how good they are: diffusion-evaluate --checkpoint "
             f"{run}; to draw in its latents: diffusion-train --config latent "
@@ -1028,7 +1028,7 @@ def _judge_checkpoint(args, overrides: list[str], features: list | None, world, 
     words = _sampling_words(args, overrides, also=_MOVED)
     checkpoint = load_checkpoint(path, best=args.best, read=("config",))
     cfg = change_config(checkpoint.config, words)
-    if not getattr(cfg.model, "denoises", True):
+    if hasattr(cfg.model, "cannot_draw"):
         return _judge_autoencoder(args, checkpoint, cfg, features, world, **how)
     denoiser = load_denoiser(checkpoint, device=world.device)
     datasets = create_dataset(cfg.data)

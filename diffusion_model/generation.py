@@ -89,11 +89,8 @@ def load_denoiser(
 ) -> Denoiser:  # with .config, .space, .classes and .vocabulary (None: no names, no captions)
     "The denoiser of a checkpoint, ready for `sample` and `generate`. Raises CheckpointError."
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
-    if not getattr(checkpoint.config.model, "denoises", True): raise CheckpointError(
-        f"{checkpoint.path} holds a network that reconstructs images and draws none "
-        f"(model.name: {checkpoint.config.model.name}). To draw, train a model in its latents: "
-        "diffusion-train --config latent --data.autoencoder RUN; to see how well it reconstructs: "
-        "diffusion-evaluate --checkpoint RUN")
+    if why := getattr(checkpoint.config.model, "cannot_draw", ""): raise CheckpointError(
+        f"{checkpoint.path} holds a network that cannot draw: {why}")
     network, cfg = load_network(checkpoint, ema, device, network)
     denoiser = create_denoiser(cfg.diffusion, network).eval()
     denoiser.config, denoiser.space = cfg, create_space(cfg.data, checkpoint)
