@@ -12,7 +12,7 @@ the time does it wait for a batch? From the second pass on under 3 % are asked f
 `ImageFolder` with transforms v2 in a `DataLoader`, the same network and batches.
 
 `latents`: latents of 8×8 places of 4 numbers, both ways round, from the disk, at random places of
-the data set; and how long it would take to encode them batch by batch. 20,000 a second are asked for.
+the data set; and how long it would take to encode them batch by batch.
 
     python benchmarks/data.py [arrays] [folder] [latents] [--root DIR] [--json FILE]  # default: all
 

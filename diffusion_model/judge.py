@@ -9,7 +9,6 @@ __all__ = ['LEAST', 'FOLDS', 'Images', 'folder_images', 'array_images', 'tensor_
            'cache_folder']
 
 # %% ../nbs/41_judge.ipynb #ef4beb2b
-import copy
 import hashlib
 import os
 import re

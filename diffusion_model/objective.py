@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import Config, ConfigError
 from .counters import counter_normal, counter_uniform
 from .dataset import Batch, Datasets, ImageSet
-from .denoiser import Cond, create_denoiser, diffusion_loss, map_cond
+from .denoiser import Cond, create_denoiser, diffusion_loss
 from .guidance import LABEL, drop_cond, pick_cond
 from .loss import Objective, held_out
 from .networks import create_network

@@ -1,4 +1,4 @@
-"Latents: what is encoded once and kept, what is noticed, what a checkpoint carries, what is refused."
+"Latents: what is kept, what is noticed, what a checkpoint carries, what is refused."
 import json
 import sys
 import warnings
@@ -14,15 +14,15 @@ from PIL import Image
 from diffusion_model import latents
 from diffusion_model.autoencoder import Autoencoder
 from diffusion_model.checkpoint import (
-    CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint, wait_for_checkpoints)
+    find_checkpoint, load_checkpoint, save_checkpoint, wait_for_checkpoints)
 from diffusion_model.config import ConfigError, load_config
 from diffusion_model.dataset import ImageSet, create_dataset, create_loader, unaugmented
 from diffusion_model.generation import generate, load_denoiser
-from diffusion_model.latents import Latents, LatentSet, saved_autoencoder
+from diffusion_model.latents import LatentSet, saved_autoencoder
 from diffusion_model.space import create_space
 
 sys.path.insert(0, str(Path(__file__).parent/"faults"))
-from runs import At, autoencoder_config, latent_config, run_of, stop  # noqa: E402
+from runs import At, autoencoder_config, latent_config, run_of, stop
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ def folder(tmp_path):
         (tmp_path/"images"/name).mkdir(parents=True)
         for i in range(12):
             noise = np.random.default_rng(i).integers(0, 50, (8, 8, 3))
-            Image.fromarray((level + noise).astype(np.uint8)).save(tmp_path/f"images/{name}/{i}.png")
+            image = Image.fromarray((level + noise).astype(np.uint8))
+            image.save(tmp_path/f"images/{name}/{i}.png")
     return tmp_path/"images"
 
 
@@ -149,8 +150,8 @@ def test_labels_are_those_of_now(data, folder, encodings):
     change = dict(dataset="folder", root=str(folder))
     first, _ = kept(data, **change)
     (folder/"a").rename(folder/"z")
-    paths = [folder/"z"/p.name if p.parent.name == "a" else p for p in first.images.source.load.paths]
     source = first.images.source
+    paths = [folder/"z"/p.name if p.parent.name == "a" else p for p in source.load.paths]
     again = ImageSet(type(source)(type(source.load)(paths, folder, source.load.transform),
                                   len(paths), 1 - source.cond, ["b", "z"]),
                      first.images.transform, first.indices)

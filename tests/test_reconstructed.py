@@ -1,6 +1,5 @@
 "Autoencoders in the commands: judged by reconstructions, never drawn from; and their latents."
 import json
-from pathlib import Path
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from diffusion_model.reconstruction import Maps, perceptual_distance
 from diffusion_model.tracking import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent/"faults"))
-from runs import autoencoder_config, run_of  # noqa: E402
+from runs import autoencoder_config, run_of
 
 
 def objective(tmp_path, **change):
