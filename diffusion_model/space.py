@@ -32,5 +32,8 @@ def create_space(
         f"data.space: found {name!r}; known are {', '.join(SPACES)}: name one of them, or add "
         "yours to diffusion_model.space.SPACES")
     space = SPACES[name](data)
+    if not isinstance(space, Space): raise ValueError(
+        f"data.space: found {name!r}, a {type(space).__name__}; let it inherit "
+        "diffusion_model.pixels.Space, which answers what it need not say itself")
     if checkpoint is not None: space.restore(checkpoint)
     return space
