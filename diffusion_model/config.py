@@ -110,7 +110,8 @@ REGISTRIES = {
     "diffusion.loss_weighting": Registry(
         "denoiser", "WEIGHTINGS", ("uniform", "min_snr", "edm", "sigmoid")),
     "training.objective": Registry("objective", "OBJECTIVES", ("diffusion", "autoencoder")),
-    "training.optimizer": Registry("optimizer", "OPTIMIZERS", ("adamw", "adam", "sgd", "lion")),
+    "training.optimizer": Registry(
+        "optimizer", "OPTIMIZERS", ("adamw", "adam", "sgd", "lion", "muon")),
     "training.lr_schedule": Registry("optimizer", "LR_SCHEDULES", (
         "constant", "linear", "cosine", "step", "inverse_sqrt")),
     "data.space": Registry("space", "SPACES", ("pixels", "latents")),

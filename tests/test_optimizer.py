@@ -88,7 +88,7 @@ def test_a_network_without_parameters_is_an_error():
         create_optimizer(training(), nn.ReLU())
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "lion"])
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("lion", "muon")])
 def test_created_optimizers(name):
     network = nn.Linear(3, 2)
     run = training(optimizer=name, beta1=0.8, beta2=0.95, warmup_steps=10)
@@ -109,6 +109,32 @@ def test_created_optimizers(name):
             net(torch.randn(4, 3)).square().sum().backward()
             opt.step()
     for a, b in zip(network.parameters(), reference.parameters()): torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_turns_kernels_as_matrices_and_resumes(layout):
+    "A kernel of 3×3 places is the matrix of its rows; torch's Muon takes matrices only."
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3)
+    matrix = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    bias = nn.Parameter(conv.bias.detach().clone())
+    start = matrix.detach().clone()
+    conv.to(memory_format=layout)
+    run = training(optimizer="muon", learning_rate=0.02)
+    optimizer = create_optimizer(run, conv)
+    whole = torch.optim.Muon([matrix], 0.02, 0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    rest = torch.optim.AdamW([bias], 0.02, weight_decay=0.)
+    for step in range(8):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        conv(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        matrix.grad, bias.grad = conv.weight.grad.flatten(1).clone(), conv.bias.grad.clone()
+        for each in (optimizer, whole, rest): each.step()
+        if step == 3:
+            state, optimizer = optimizer.state_dict(), create_optimizer(run, conv)
+            restore_optimizer(optimizer, state)
+    assert (conv.weight.flatten(1) - matrix).norm() < 0.02*(matrix - start).norm()
+    torch.testing.assert_close(conv.bias, bias)
 
 
 def test_lion_is_the_papers_algorithm_and_resumes():
