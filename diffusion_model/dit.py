@@ -305,8 +305,8 @@ def create_dit(
 
 # %% ../nbs/11_dit.ipynb #68208378
 @patch
-def for_drawing(self: DiT) -> nn.Module:
-    "This network, changed: for weights that stay as they are, on a CPU. The same answers."
+def told_at_once(self: DiT) -> nn.Module:
+    "This network, changed: for weights that stay, on a CPU, and calls of the whole. Same answers."
     readers = [*self.blocks, self.head]
     plain = type(self) is DiT and {type(r) for r in readers} == {DiTBlock, Head}
     return _at_once(self, readers, "modulation") if plain else self

@@ -534,8 +534,8 @@ def _at_once(network: nn.Module, readers: Sequence[nn.Module], name: str) -> nn.
 
 
 @patch
-def for_drawing(self: UNet) -> nn.Module:
-    "This network, changed: for weights that stay as they are, on a CPU. The same answers."
+def told_at_once(self: UNet) -> nn.Module:
+    "This network, changed: for weights that stay, on a CPU, and calls of the whole. Same answers."
     told = [b for level in (*self.downs, *self.ups) for b in level.resnets]
     told += [self.mid1, self.mid2, *(d.downsample for d in self.downs),
              *(u.upsample for u in self.ups)]
