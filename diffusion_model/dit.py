@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .conditions import Conditions
 from .denoiser import Cond
 from .dit_config import DiTConfig
-from .unet import _zero, softmax_attention, timestep_embedding
+from .unet import _at_once, _zero, softmax_attention, timestep_embedding
 from .unet_config import nearest_sizes
 
 # %% ../nbs/11_dit.ipynb #3f34c45d
@@ -130,7 +130,6 @@ def modulated(
     "Adaptive RMS norm: each token at size 1, then scaled and shifted as the time says."
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)*(1 + scale) + shift
 
-
 # %% ../nbs/11_dit.ipynb #f7947854
 class DiTBlock(nn.Module):
     "Attention, then an MLP; the time scales, shifts and gates both (Peebles & Xie 2023, Fig. 3)."
@@ -215,6 +214,7 @@ def _add_inputs(self: DiT, width, time, bottleneck, num_classes, conditions):
     numbers = (self.channels + self.conditions.image_channels)*self.patch_size**2
     self.embed = nn.Linear(numbers, width) if bottleneck is None else nn.Sequential(
         nn.Linear(numbers, bottleneck, bias=False), nn.Linear(bottleneck, width))
+    self.tell = F.silu  # from the embedding to what the blocks are given of it
 
 # %% ../nbs/11_dit.ipynb #74c97ece
 @patch
@@ -246,7 +246,7 @@ def forward(self: DiT,
         tokens = torch.cat([tokens, given.tokens.to(tokens.dtype)], dim=1)
         mask = F.pad(given.mask, (n, 0), value=True)[:, None, None]
     turn = self._turn(grid, tokens.shape[1] - n, x.device)
-    out = self._answer(tokens, n, F.silu(emb), turn, mask)
+    out = self._answer(tokens, n, self.tell(emb), turn, mask)
     return from_patches(out, self.patch_size, grid)[..., :x.shape[2], :x.shape[3]]
 
 # %% ../nbs/11_dit.ipynb #8d1123b2
@@ -302,3 +302,11 @@ def create_dit(
     "The transformer that the `model` section of a config describes."
     fields = {f: getattr(model, f) for f in DiTConfig.model_fields if f != "name"}
     return DiT(shape[0], **fields)
+
+# %% ../nbs/11_dit.ipynb #68208378
+@patch
+def told_at_once(self: DiT) -> nn.Module:
+    "This network, changed: for weights that stay, on a CPU, and calls of the whole. Same answers."
+    readers = [*self.blocks, self.head]
+    plain = type(self) is DiT and {type(r) for r in readers} == {DiTBlock, Head}
+    return _at_once(self, readers, "modulation") if plain else self

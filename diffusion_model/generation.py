@@ -33,6 +33,7 @@ def load_network(
     ema: bool | str = True,     # averaged weights, where there are any; or the name of an average
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # to be filled: needed where a run trained a network of its own
+    space: Any = None,          # the checkpoint's, where it has been read already
 ) -> tuple[nn.Module, Config]:  # in evaluation mode
     "The network of a checkpoint, and its config. Raises CheckpointError."
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
@@ -43,7 +44,7 @@ def load_network(
     name = name if ema and name in checkpoint.emas else "model"
     _check_finite(checkpoint.own_weights(name), checkpoint.path)
     ours = network is None
-    if ours: network = _described(checkpoint)
+    if ours: network = _described(checkpoint, space)
     # read again, for a file that is only opened costs no memory until its numbers are used
     load_weights(network, checkpoint.own_weights(name), checkpoint.path, adopt=ours)
     return network.to(device).eval(), cfg
@@ -69,13 +70,14 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _described(checkpoint: Checkpoint) -> nn.Module:
+def _described(checkpoint: Checkpoint, space: Any) -> nn.Module:
     "The network that a checkpoint's config describes."
     name, cfg = checkpoint.network_name, checkpoint.config
     if name: raise CheckpointError(
         f"{checkpoint.path} holds a network of the user's own, {name}, that no config describes: "
         f"pass one like it to be filled, network={name}(...)")
-    build = partial(create_network, cfg.model, create_space(cfg.data, checkpoint).shape)
+    space = space or create_space(cfg.data, checkpoint)
+    build = partial(create_network, cfg.model, space.shape)
     with _Unfilled(): network = build()
     loaded = {id(x) for x in network.state_dict(keep_vars=True).values()}
     return network if all(id(p) in loaded for p in network.parameters()) else build()
@@ -91,9 +93,10 @@ def load_denoiser(
     checkpoint = path if isinstance(path, Checkpoint) else load_checkpoint(path)
     if why := getattr(checkpoint.config.model, "cannot_draw", ""): raise CheckpointError(
         f"{checkpoint.path} holds a network that cannot draw: {why}")
-    network, cfg = load_network(checkpoint, ema, device, network)
+    space = create_space(checkpoint.config.data, checkpoint)
+    network, cfg = load_network(checkpoint, ema, device, network, space)
     denoiser = create_denoiser(cfg.diffusion, network).eval()
-    denoiser.config, denoiser.space = cfg, create_space(cfg.data, checkpoint)
+    denoiser.config, denoiser.space = cfg, space
     denoiser.classes, words = checkpoint.classes, checkpoint.vocabulary
     denoiser.vocabulary = None if words is None else Vocabulary(words)
     return denoiser

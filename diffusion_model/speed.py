@@ -173,6 +173,16 @@ class _PackedConv(nn.Module):
             x, self.packed, self.bias, *self.where, "none", [], "")
 
 # %% ../nbs/29_speed.ipynb #68441962
+def _offered(module: nn.Module, way: str) -> nn.Module:
+    "What a module has for drawing; what it was made of, and is not needed any more, goes back."
+    if not hasattr(module, way): return module
+    before, made = [*module.parameters()], getattr(module, way)()
+    kept = {id(p) for p in made.parameters()}
+    for p in before:
+        if id(p) not in kept: give_back(p)
+    return made
+
+
 def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
     "Is it a plain convolution, on a CPU whose library packs kernels?"
     return (type(module) is nn.Conv2d and module.weight.device.type == "cpu"
@@ -186,9 +196,8 @@ def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
 def _pack(module: nn.Module, dtype: torch.dtype | None) -> None:
     "Put packed convolutions in the place of plain ones, at any depth; None: of their own type."
     for name, child in module.named_children():
-        if hasattr(child, "for_drawing"):
-            child = child.for_drawing()
-            setattr(module, name, child)
+        child = _offered(child, "for_drawing")
+        setattr(module, name, child)
         hooks = child._forward_hooks or child._forward_pre_hooks
         if not hooks and _packable(child, dtype):
             setattr(module, name, _PackedConv(child, dtype or child.weight.dtype))
@@ -212,7 +221,9 @@ def for_drawing(
     fast, low = copy.deepcopy(network, known).eval(), _LOW.get(precision)
     for module in fast.modules(): module._compiled_call_impl = None  # that is the original's
     on_cpu = all(p.device.type == "cpu" for p in network.parameters())
-    if on_cpu: _pack(fast, low)
+    if on_cpu:
+        fast = _offered(fast, "told_at_once")  # and none inside: who knows how it is called
+        _pack(fast, low)
     for module in fast.modules():
         if low and type(module) in (nn.Conv2d, nn.Linear): _round(module, low)
     return fast.to(memory_format=torch.channels_last) if on_cpu else fast

@@ -377,6 +377,7 @@ def _add_inputs(self: UNet, base: int, num_classes: int, conditions: Mapping):
     self.num_classes, self.null_cond = self.conditions.num_classes, self.conditions.null_cond
     seen = self.channels + self.conditions.image_channels
     self.conv_in = nn.Conv2d(seen*self.patch_size**2, base, 3, padding=1)
+    self.tell = F.silu  # φ: from e to what the blocks are given of it
     self.renamed = {"label_emb.weight": "conditions.embedders.label.table.weight"}
     self.register_load_state_dict_pre_hook(_rename)
 
@@ -421,7 +422,7 @@ def forward(self: UNet,
     emb = self.time_mlp(timestep_embedding(t.expand(len(x)), self.base_channels).to(x.dtype))
     if told.vector is not None: emb = emb + told.vector
     again = self.gradient_checkpointing and torch.is_grad_enabled()
-    given = Given(F.silu(emb), told.tokens, told.mask, again)
+    given = Given(self.tell(emb), told.tokens, told.mask, again)
     h = self.conv_in(self._enter(x, told.images))
     skips = [h]
     for down in self.downs:
@@ -475,6 +476,72 @@ def _check_input(self: UNet, x: Tensor, cond: Cond) -> None:
         "width)")
     self._check_size(*x.shape[2:])
     self.conditions.check(cond, len(x), tuple(x.shape[2:]))
+
+# %% ../nbs/10_unet.ipynb #af55c79d
+class _Columns(nn.Module):
+    "In the place of a layer: its share of what all of them answer together."
+    def __init__(self, first: int, last: int):
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, told: Tensor) -> Tensor: return told[:, self.first:self.last]
+
+
+def _joined(layers: Sequence[nn.Linear]) -> nn.Linear:
+    "One layer that gives the answers of all, one behind the other."
+    outputs = sum(layer.out_features for layer in layers)
+    whole = nn.Linear(layers[0].in_features, outputs, device="meta")  # no random numbers drawn
+    for name in ("weight", "bias"):
+        parts = torch.cat([getattr(layer, name).detach() for layer in layers])
+        setattr(whole, name, nn.Parameter(parts, requires_grad=False))
+    return whole
+
+# %% ../nbs/10_unet.ipynb #5f409168
+class _AtOnce(nn.Module):
+    "φ, and all layers that read φ(e), whose weights stay as they are; on a CPU."
+    room = 128  # answers that are kept
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        super().__init__()
+        small = max(layer.weight.numel() for layer in layers) <= 2**17  # the calls take the time
+        self.layers, self.known = nn.ModuleList([_joined(layers)] if small else layers), {}
+
+    def answer(self, emb: Tensor) -> Tensor:
+        h = F.silu(emb)
+        return torch.cat([layer(h) for layer in self.layers], dim=1)
+
+    def forward(self, emb: Tensor) -> Tensor:  # (B, time_channels) -> (B, outputs of all layers)
+        one = emb[:1]
+        if not torch.equal(emb, one.expand_as(emb)): return self.answer(emb)
+        key = one.view(torch.uint8).numpy().tobytes()
+        told = self.known.get(key)
+        if told is None:
+            if len(self.known) >= self.room: self.known.clear()
+            self.known[key] = told = self.answer(one)
+        return told.expand(len(emb), -1)
+
+# %% ../nbs/10_unet.ipynb #319a672d
+def _at_once(network: nn.Module, readers: Sequence[nn.Module], name: str) -> nn.Module:
+    "The network, whose readers' layers of this name are asked together where it says `tell`."
+    layers, last = [getattr(reader, name) for reader in readers], 0
+    if any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
+           for layer in layers): return network
+    for reader, layer in zip(readers, layers):
+        first, last = last, last + layer.out_features
+        setattr(reader, name, _Columns(first, last))
+    network.tell = _AtOnce(layers)
+    return network
+
+
+@patch
+def told_at_once(self: UNet) -> nn.Module:
+    "This network, changed: for weights that stay, on a CPU, and calls of the whole. Same answers."
+    told = [b for level in (*self.downs, *self.ups) for b in level.resnets]
+    told += [self.mid1, self.mid2, *(d.downsample for d in self.downs),
+             *(u.upsample for u in self.ups)]
+    blocks = [b for b in told if type(b) is ResBlock]
+    others = {type(b) for b in told} - {ResBlock, Downsample, Upsample, Resize, type(None)}
+    return self if others or type(self) is not UNet else _at_once(self, blocks, "time_proj")
 
 # %% ../nbs/10_unet.ipynb #d84aaaca
 def create_unet(

@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -282,6 +283,12 @@ def test_it_carries_the_autoencoder(runs, trained):
     assert isinstance(carried, Autoencoder) and same(carried, own) and not carried.training
     assert not any(p.requires_grad for p in carried.parameters())
     assert all(torch.equal(own.state_dict()[k], v) for k, v in checkpoint.ema.items())
+
+
+def test_the_autoencoder_is_read_once(trained, monkeypatch):
+    read = mock.Mock(wraps=saved_autoencoder)
+    monkeypatch.setattr(latents, "saved_autoencoder", read)
+    assert load_denoiser(trained).space.autoencoder is not None and read.call_count == 1
 
 
 def test_samples_need_no_autoencoders_run(runs, trained, tmp_path):

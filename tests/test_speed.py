@@ -1,8 +1,10 @@
 "What is chosen for speed: by the device, checked, kept on resuming, and not seen in what is drawn."
 import warnings
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_training import SMALL
 from torch import nn
@@ -11,11 +13,12 @@ from diffusion_model import speed
 from diffusion_model.checkpoint import load_checkpoint, wait_for_checkpoints
 from diffusion_model.config import load_config
 from diffusion_model.denoiser import Denoiser
+from diffusion_model.dit import DiT
 from diffusion_model.generation import generate, load_denoiser
 from diffusion_model.scheduler import FlowSchedule
 from diffusion_model.speed import for_drawing, give_back
 from diffusion_model.training import Trainer
-from diffusion_model.unet import UNet
+from diffusion_model.unet import RESAMPLERS, Given, UNet, halve, timestep_embedding
 
 
 def small(folder, **change):
@@ -97,6 +100,81 @@ def test_a_network_for_drawing_gives_the_same_at_any_size(change):
             x, t = torch.randn(2, 3, *size), torch.tensor([3., 700.])
             there = made(x, t, *cond)
             assert (fast(x, t, *cond) - there).abs().max() < 1e-4*there.abs().max()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("kind", [UNet, DiT])
+def test_what_is_told_of_a_time_is_kept_and_the_same(kind, classes):
+    torch.manual_seed(0)
+    made = network(num_classes=classes) if kind is UNet else DiT(
+        width=32, depth=2, heads=2, num_classes=classes).eval()
+    for p in made.parameters(): nn.init.normal_(p, std=0.1)
+    fast = for_drawing(made)
+    fast.tell.room, x = 3, torch.randn(2, 3, 16, 16)
+    for t in ([7., 7.], [7., 8.], [8., 8.], [7., 7.], [9., 9.], [10., 10.], [7., 7.]):
+        for labels in ([2, 2], [2, -1], [0, 0]) if classes else (None,):
+            cond = () if labels is None else (torch.tensor(labels),)
+            with torch.no_grad():
+                answer, there = (f(x, torch.tensor(t), *cond) for f in (fast, made))
+            assert (answer - there).abs().max() <= 1e-4*there.abs().max()
+        assert 1 <= len(fast.tell.known) <= 3
+    asked = mock.Mock(wraps=fast.tell.answer)
+    fast.tell.answer = asked
+    with torch.no_grad(): fast(x, torch.tensor(t), *cond)
+    assert not asked.called
+    made.train()(x, torch.zeros(2), *cond).sum().backward()  # and the original still learns
+    assert all(p.grad is not None for p in made.parameters())
+
+
+def test_weights_that_were_joined_are_given_back_and_no_others(monkeypatch):
+    given, made = [], network()
+    monkeypatch.setattr(speed, "give_back", lambda weight: given.append(weight.data_ptr()))
+    for_drawing(made)
+    assert {made.mid1.time_proj.weight.data_ptr(), made.ups[0].upsample.conv.weight.data_ptr()} \
+        <= {*given}
+    assert not {p.data_ptr() for p in made.time_mlp.parameters()} & {*given}
+
+
+def test_blocks_of_ones_own_are_told_as_before(monkeypatch):
+    class Own(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.read = nn.Linear(64, channels)
+
+        def forward(self, x, emb): return (x + self.read(emb)[..., None, None])[..., ::2, ::2]
+
+    usual = RESAMPLERS["pool"]
+    monkeypatch.setitem(RESAMPLERS, "own", lambda parts, channels, resize:
+                        Own(channels) if resize is halve else usual(parts, channels, resize))
+
+    class Mine(UNet):
+        def forward(self, x, t):
+            emb = self.time_mlp(timestep_embedding(t, self.base_channels))
+            return self.mid1(self.downs[0](self.conv_in(x), Given(F.silu(emb)))[0], F.silu(emb))
+
+    hooked = network()
+    hooked.mid1.time_proj.register_forward_hook(lambda *_: None)
+    torch.manual_seed(0)
+    mine = Mine(16, 3, 16, (1,), 1, (), norm_groups=4)
+    for made in (network(resample="own"), hooked, mine.eval()):
+        x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 5.)
+        with torch.no_grad(): there, found = made(x, t), for_drawing(made)(x, t)
+        assert (found - there).abs().max() < 1e-4*there.abs().max()
+
+
+def test_a_network_inside_another_is_told_by_it():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x, t):
+            emb = F.silu(self.inner.time_mlp(timestep_embedding(t, 16)))
+            return self.inner.downs[0](self.inner.conv_in(x), Given(emb))[0]
+
+    made, x, t = Around().eval(), torch.randn(2, 3, 16, 16), torch.full((2,), 5.)
+    with torch.no_grad(): there, found = made(x, t), for_drawing(made)(x, t)
+    assert (found - there).abs().max() < 1e-4*there.abs().max()
 
 
 def test_the_check_is_without_dropout_and_leaves_the_objective_as_it_was():
