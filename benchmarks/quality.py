@@ -1,0 +1,320 @@
+"""Which pictures does ten minutes of one processor core buy, here and beside other libraries?
+
+Each variant trains on Fashion-MNIST for as many seconds of the processor (of one thread, everything
+included), then draws 2,000 images, 200 of each class where it knows classes. All are judged alike,
+by `diffusion-evaluate`: FD through our two feature networks, beside the floor that real images get.
+One command each:
+
+    python benchmarks/quality.py --root DATA --out DIR                  # the shipped config
+    python benchmarks/quality.py --root DATA --out DIR --peers          # and other libraries
+    python benchmarks/quality.py --root DATA --out DIR --study          # what paid, one change each
+
+Peers are given their data from memory, flipped at random; no loader of theirs costs them time. Of
+each there are two: as its makers ship it (its script's or its defaults' network, loss, rate and
+solver), and the best we found for it in this time: a smaller network, labels, a falling rate, an
+average that fits the length, bfloat16. Nothing of theirs that only costs is kept (no logging).
+
+A variant takes the seconds that it trains and some minutes to draw; --only names some of them, and
+what lies in DIR already is judged again and not trained again.
+"""
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EYES = ("fmnist-a", "fmnist-b")
+CLASSES, SIZE = 10, 32
+
+
+# -- in a variant's own process; each imports what it needs, and nothing of the others
+class Clock:
+    "Seconds of the processor since it was made, as a share of those there are."
+    def __init__(self, seconds: float): self.seconds, self.begin = seconds, time.process_time()
+    def used(self) -> float: return (time.process_time() - self.begin)/self.seconds
+
+
+def cosine(share: float) -> float: return 0.5 + 0.5*math.cos(math.pi*min(1., share))
+def constant(share: float) -> float: return 1.
+
+
+def ours(root: str, seconds: float, samples: int, change: dict) -> tuple:
+    "The config as shipped, with as many steps as there is time for."
+    import torch
+
+    from diffusion_model.config import load_config
+    from diffusion_model.dataset import create_dataset
+    from diffusion_model.generation import generate
+    from diffusion_model.training import Trainer
+    clock, steps = Clock(seconds), 30
+    fields = {"data.root": root, "logging.progress": False} | change
+    data = create_dataset(load_config("fashion_mnist", fields).data)
+
+    def trainer(steps):
+        cfg = load_config("fashion_mnist", fields | {"max_steps": steps})
+        made = Trainer(cfg, data, callbacks=[])
+        made.check_precision()
+        made.objective.train()
+        return made, iter(made.loader)
+
+    made, batches = trainer(steps)  # how long does a step take? What this costs is counted
+    for _ in range(5): made.train_step(next(batches))
+    begin = time.process_time()
+    for _ in range(10): made.train_step(next(batches))
+    pace = (time.process_time() - begin)/10
+    made, batches = trainer(round((1 - clock.used())*seconds/pace))
+    while made.step < made.cfg.training.max_steps and clock.used() < 1:
+        made.train_step(next(batches))
+    trained = clock.used()*seconds
+    with made.averaged() as objective:
+        denoiser = objective.denoiser
+        drawn = generate(denoiser, samples, torch.arange(samples) % CLASSES, seed=1,
+                         sampling=made.cfg.sampling, space=objective.space)
+        images = torch.cat([d.images for d in drawn])
+    return images, {"steps": made.step, "batch": made.cfg.training.batch_size, "seconds": trained,
+                    "parameters": sum(p.numel() for p in denoiser.parameters())}
+
+
+class Peer:
+    "What a peer's variant needs of its library: a network, a loss for a batch, and a way to draw."
+    def __init__(self, network, loss, draw, side: int):
+        self.network, self.loss, self.draw, self.side = network, loss, draw, side
+
+
+def training_images(root: str, side: int) -> tuple:
+    "All training images in [-1, 1], (N, 1, side, side), and their labels."
+    import torch
+
+    from diffusion_model.config import load_config
+    from diffusion_model.dataset import create_dataset
+    train = create_dataset(load_config("fashion_mnist", {
+        "data.root": root, "image_size": side, "horizontal_flip": False,
+        "model.pad": True}).data).train
+    found = [train.batch(at, at)[:2] for at in torch.arange(len(train)).split(2000)]
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+
+def peer(root: str, seconds: float, samples: int, make, batch: int, lr: float, rate=constant,
+         warmup: int = 0, average=lambda n: 0.99, low: bool = False, betas=(0.9, 0.999),
+         decay: float = 0.01) -> tuple:
+    "Train what `make` gives. `average`: decay of the average, of the step; `low`: bfloat16."
+    import torch
+    torch.manual_seed(0)
+    images, labels = training_images(root, make.side)
+    clock, made = Clock(seconds), make()
+    layout = torch.channels_last if low else torch.contiguous_format
+    network, steps = made.network.train().to(memory_format=layout), 0
+    mean = torch.optim.swa_utils.AveragedModel(
+        network, avg_fn=lambda old, new, n: old.lerp(new, 1 - average(n)), use_buffers=True)
+    adam = torch.optim.AdamW(network.parameters(), lr, betas, weight_decay=decay)
+    while clock.used() < 1:
+        at = torch.randint(len(images), (batch,))
+        x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[at].flip(3), images[at])
+        for group in adam.param_groups:
+            group["lr"] = lr*min(1, (steps + 1)/max(1, warmup))*rate(clock.used())
+        adam.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low): loss = made.loss(x, labels[at])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.)
+        adam.step()
+        mean.update_parameters(network)
+        steps += 1
+    trained = clock.used()*seconds
+    network.load_state_dict(mean.module.state_dict())
+    network.eval()
+    drawn, asked = [], torch.arange(samples) % CLASSES
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        for y in asked.split(100): drawn.append(made.draw(y).float().cpu())
+    bytes = (torch.cat(drawn).clamp(-1, 1)*127.5 + 127.5).round().to(torch.uint8)
+    return bytes, {"steps": steps, "batch": batch, "seconds": trained,
+                   "parameters": sum(p.numel() for p in network.parameters())}
+
+
+def of_side(side: int):
+    "Marks what makes a peer with the side of its images."
+    def marked(make):
+        make.side = side
+        return make
+    return marked
+
+
+def their_diffusers(schedule: str, predicts: str, solver: str, steps: int, widths: tuple):
+    @of_side(32)
+    def make() -> Peer:
+        import diffusers
+        import torch
+        import torch.nn.functional as F
+        network = diffusers.UNet2DModel(
+            sample_size=SIZE, in_channels=1, out_channels=1, layers_per_block=1,
+            block_out_channels=widths, norm_num_groups=8, num_class_embeds=CLASSES,
+            down_block_types=("DownBlock2D",)*(len(widths) - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",)*(len(widths) - 1))
+        noises = diffusers.DDPMScheduler(1000, beta_schedule=schedule, prediction_type=predicts)
+
+        def loss(x, y):
+            noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
+            sought = noise if predicts == "epsilon" else noises.get_velocity(x, noise, t)
+            return F.mse_loss(network(noises.add_noise(x, noise, t), t, y).sample.float(), sought)
+
+        def draw(y):
+            more = {"clip_sample": True} if solver == "DDIMScheduler" else {}
+            solve = getattr(diffusers, solver).from_config(noises.config, **more)
+            solve.set_timesteps(steps)
+            x = torch.randn(len(y), 1, SIZE, SIZE)
+            for t in solve.timesteps:
+                x = solve.step(network(x, t, y).sample.float(), t, x).prev_sample
+            return x
+        return Peer(network, loss, draw, SIZE)
+    return make
+
+
+def their_smalldiffusion(width: int, labels: bool):
+    @of_side(28)
+    def make() -> Peer:
+        from smalldiffusion import Scaled, ScheduleLogLinear, Unet, samples
+        from smalldiffusion.diffusion import generate_train_sample
+        from smalldiffusion.model import CondEmbedderLabel
+        told = {"cond_embed": CondEmbedderLabel(4*width, CLASSES)} if labels else {}
+        network = Scaled(Unet)(28, 1, 1, ch=width, ch_mult=(1, 1, 2), attn_resolutions=(14,),
+                               **told)
+        schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
+
+        def loss(x, y):
+            x0, sigma, noise, cond = generate_train_sample((x, y), schedule, conditional=True)
+            return network.get_loss(x0, sigma, noise, cond=cond if labels else None)
+
+        def draw(y):
+            *_, x = samples(network, schedule.sample_sigmas(20), gam=1.6, batchsize=len(y),
+                            cond=y if labels else None)
+            return x
+        return Peer(network, loss, draw, 28)
+    return make
+
+
+def their_denoising_diffusion_pytorch(best: bool):
+    @of_side(32)
+    def make() -> Peer:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+        from denoising_diffusion_pytorch import classifier_free_guidance as told
+        if not best:
+            network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
+            noises = GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
+                                       sampling_timesteps=50)
+            return Peer(network, lambda x, y: noises((x + 1)/2),
+                        lambda y: 2*noises.sample(batch_size=len(y)) - 1, SIZE)
+        network = told.Unet(dim=32, num_classes=CLASSES, dim_mults=(1, 2, 4), channels=1,
+                            cond_drop_prob=0.1)
+        noises = told.GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
+                                        sampling_timesteps=50, objective="pred_v",
+                                        ddim_sampling_eta=0.)
+        return Peer(network, lambda x, y: noises((x + 1)/2, classes=y),
+                    lambda y: 2*noises.sample(y, cond_scale=1., rescaled_phi=0.) - 1, SIZE)
+    return make
+
+
+def growing(most: float): return lambda n: min(most, (1 + n)/(10 + n))
+
+
+DIFFUSERS = dict(batch=64, lr=1e-4, rate=cosine, warmup=50, betas=(0.95, 0.999), decay=1e-6)
+BEST = dict(batch=32, lr=1e-3, rate=cosine, warmup=50, low=True)
+PEERS = {  # name -> (what makes it, how it is trained)
+    "diffusers, its recipe": (their_diffusers(
+        "linear", "epsilon", "DDIMScheduler", 50, (32, 64, 64)),
+        DIFFUSERS | dict(average=lambda n: min(0.9999, max(0., 1 - (1 + n)**-0.75)))),
+    "diffusers, its best": (their_diffusers(
+        "squaredcos_cap_v2", "v_prediction", "DPMSolverMultistepScheduler", 20, (32, 64, 64)),
+        BEST),
+    "smalldiffusion, its script": (their_smalldiffusion(64, False),
+                                   dict(batch=64, lr=7e-4, average=growing(0.999))),
+    "smalldiffusion, its best": (their_smalldiffusion(32, True), BEST),
+    "denoising-diffusion-pytorch, its defaults": (their_denoising_diffusion_pytorch(False), dict(
+        batch=32, lr=8e-5, betas=(0.9, 0.99), average=growing(0.995))),
+    "denoising-diffusion-pytorch, its best": (their_denoising_diffusion_pytorch(True), BEST),
+}
+
+OURS = "the shipped config"
+STUDY = {  # name -> what is changed of the shipped config; filled below
+}
+
+
+def variant(name: str, root: str, seconds: float, samples: int) -> tuple:
+    "Images of a variant, uint8 (N, 1, side, side), and the facts of its training."
+    import torch
+    torch.set_num_threads(1)
+    if name in PEERS:
+        make, how = PEERS[name]
+        return peer(root, seconds, samples, make, **how)
+    return ours(root, seconds, samples, {} if name == OURS else STUDY[name])
+
+
+# -- in the parent's process
+def folder(out: Path, name: str) -> Path:
+    return out/"".join(c if c.isalnum() else "_" for c in name)
+
+
+def made(name: str, args) -> Path:
+    "Where a variant's samples lie; it is trained if they are not there."
+    here = folder(args.out, name)
+    if not (here/"facts.json").exists():
+        here.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, __file__, "--root", args.root, "--out", str(args.out),
+                        "--seconds", str(args.seconds), "--samples", str(args.samples),
+                        "--variant", name], check=True)
+    return here
+
+
+def make_one(args) -> None:
+    "The work of a variant's process."
+    import numpy as np
+    images, facts = variant(args.variant, args.root, args.seconds, args.samples)
+    here = folder(args.out, args.variant)
+    np.save(here/"samples.npy", images.numpy())
+    (here/"facts.json").write_text(json.dumps(facts))
+
+
+def judged(here: Path, root: str) -> dict[str, dict]:
+    "FD through each network, and how many times its floor."
+    side = __import__("numpy").load(here/"samples.npy", mmap_mode="r").shape[-1]
+    subprocess.run([sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
+                    "import sys; sys.exit(c())", "--samples", str(here/"samples.npy"),
+                    "--config", "fashion_mnist", "--data.root", root, "--image_size", str(side),
+                    "--metrics", "fd", "--features", ",".join(EYES),
+                    "--output_dir", str(here/"judged")], check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((here/"judged"/"report.json").read_text())
+    return {line["eye"].split("@")[0]: {"fd": line["value"], "floor": line["floor"]["mean"]}
+            for line in report["results"] if line["metric"] == "fd"}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", required=True, help="where Fashion-MNIST lies (data.root)")
+    parser.add_argument("--out", required=True, type=Path, help="samples, reports and the table")
+    parser.add_argument("--seconds", type=float, default=600, help="of one core; default 600")
+    parser.add_argument("--samples", type=int, default=2000, help="of each; default 2000")
+    parser.add_argument("--peers", action="store_true", help="other libraries as well")
+    parser.add_argument("--study", action="store_true", help="the shipped config, less each choice")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants whose names begin so")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.variant: return make_one(args)
+    names = [OURS, *([*PEERS] if args.peers else []), *([*STUDY] if args.study else [])]
+    names = [n for n in names if not args.only or n.startswith(tuple(args.only))]
+    rows = []
+    for name in names:
+        here = made(name, args)
+        rows.append({"name": name} | json.loads((here/"facts.json").read_text()) |
+                    {"fd": judged(here, args.root)})
+        say(rows[-1])
+        (args.out/"quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def say(row: dict) -> None:
+    fd = "  ".join(f"{name} {found['fd']:.3g} ({found['fd']/found['floor']:.0f} ×)"
+                   for name, found in row["fd"].items())
+    print(f"{row['name']:<42}{row['parameters']/1e6:>6.2f} M {row['steps']:>6} steps of "
+          f"{row['batch']:<4}{row['seconds']:>5.0f} s   FD {fd}", flush=True)
+
+
+if __name__ == "__main__": main()
