@@ -141,6 +141,11 @@ def _run_of(path: Path) -> Path:
 def _is_shipped(path: Path) -> bool: return path.resolve() in list_models().values()
 
 
+def _home(step: Path, cfg: Config) -> Path:
+    "The run that a checkpoint is of; for a shipped model, which is of none, what its config says."
+    return Path(cfg.logging.output_dir) if _is_shipped(step) else _run_of(step)
+
+
 def _steps(run: Path) -> list[Path]:
     "The finished checkpoints of a run, oldest first."
     return sorted(p for p in run.glob("checkpoints/*") if _STEP.fullmatch(p.name) and p.is_dir())
@@ -156,8 +161,8 @@ def _resumed_path(given) -> Path | None:
     if not path.exists(): raise FileNotFoundError(
         f"--resume: no such checkpoint or run: '{path}'")
     if _is_shipped(path): raise ConfigError([
-        f"--resume: '{given}' is a shipped model: its weights alone, and no optimizer to go on with; "
-        f"draw from it (diffusion-sample --checkpoint {path.name}), or train one like it: "
+        f"--resume: '{given}' is a shipped model: its weights alone, and no optimizer to go on "
+        f"with; draw from it (diffusion-sample --checkpoint {path.name}), or train one like it: "
         f"{path/'README.md'} says how"])
     if path.is_file(): raise ConfigError([
         f"--resume: '{path}' is a file; name the folder it is in: --resume {path.parent}"])
@@ -744,11 +749,6 @@ def _new_folder(folder: Path) -> Path:
     "The folder, or the first of folder_2, folder_3, ... that holds no samples yet."
     numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
     return next(f for f in itertools.chain([folder], numbered) if not _drawn_before(f))
-
-
-def _home(step: Path, cfg: Config) -> Path:
-    "The run that a checkpoint is of; for a shipped model, which is of none, what its config says."
-    return Path(cfg.logging.output_dir) if _is_shipped(step) else _run_of(step)
 
 
 def _sample_folder(args, step: Path, cfg: Config) -> Path:

@@ -153,7 +153,7 @@ denoiser = load_denoiser("{name}")
 
 ## How good is it?
 
-{judged}. The floor is what real images get.
+{judged}; judged before the weights were rounded. The floor is what real images get.
 
 | metric | value | floor | better |
 |---|---|---|---|
