@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent classifiers clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent classifiers ship clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -64,7 +64,7 @@ browser: $(READY)  ## Move sliders of lessons in a real browser (skipped without
 	$(BIN)/python tests/browser.py $(ARGS)
 
 # A word about the two: `bench` asks how fast we are, beside other libraries, each variant in turn;
-# `benchmarks` asks what solvers, saving, judging and the quick start cost and are worth.
+# `benchmarks` asks what solvers, saving, judging, the quick start and shipped models cost and are worth.
 bench: $(READY)  ## Measure speed beside other libraries: training, sampling, data (within 15 minutes)
 	@$(BIN)/python -c 'from importlib.util import find_spec; \
 	  assert all(map(find_spec, ("diffusers", "denoising_diffusion_pytorch", "smalldiffusion")))' \
@@ -73,18 +73,22 @@ bench: $(READY)  ## Measure speed beside other libraries: training, sampling, da
 	$(BIN)/python benchmarks/sample.py --peers $(ARGS)
 	$(BIN)/python benchmarks/data.py
 
-benchmarks: train  ## Measure solvers, the trainer, judging, the quick start and its stem (about 35 minutes)
+benchmarks: train  ## Measure solvers, the trainer, judging, the quick start, its stem, shipped models (about 40 minutes)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/preset.py
+	$(BIN)/python benchmarks/shipped.py
 
 latent: $(READY)  ## Measure pixels against latents at equal time (over an hour; ARGS='--data FOLDER')
 	$(BIN)/python benchmarks/latent.py --out outputs/pixels_or_latents $(ARGS)
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)
+
+ship: $(READY)  ## Make a model of the package of a run (ARGS='RUN NAME --about ...')
+	$(BIN)/python tests/ship.py $(ARGS)
 
 clean:  ## Remove what builds and tests leave behind (not .venv, not your runs)
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis

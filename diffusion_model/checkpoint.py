@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
 import diffusion_model
-from .config import Config, ConfigError, load_saved_config, save_config
+from .config import (
+    Config, ConfigError, find_model, load_saved_config, save_config, say_models)
 
 # %% ../nbs/27_checkpoint.ipynb #27826dc1
 def _sync(path: Path) -> None:
@@ -480,7 +481,8 @@ def _no_checkpoint(path: Path) -> Exception:
     what = "there is no such folder" if not path.is_dir() else "it holds none" + (
         f" but {left[0]}, which an interrupted save has left" if left else "")
     return FileNotFoundError(f"no checkpoint at {path}: {what}. Looked for step_*/manifest.json "
-                             f"in it and in {path/'checkpoints'}. {_near(path)}")
+                             f"in it and in {path/'checkpoints'}. {_near(path)}. "
+                             + say_models(path))
 
 # %% ../nbs/27_checkpoint.ipynb #bf2d6121
 def _newest_valid(path: Path, files, contents: bool, best: bool) -> Path:
@@ -509,19 +511,20 @@ def _patiently(read: Callable, tries: int = 10):
 
 # %% ../nbs/27_checkpoint.ipynb #28898cbf
 def find_checkpoint(
-    path: str | Path,       # a run directory, its checkpoints directory, or a step directory
+    path: str | Path,       # a run, its checkpoints directory, a step, or a shipped model's name
     files: Collection[str] = None,  # names of the files that must be valid; default: all
     contents: bool = True,  # False: compare sizes only
     best: bool = False,     # of a run, the one with the lowest score instead of the newest
 ) -> Path:                  # the step directory
     "The newest (or best) valid checkpoint of a run, or the step asked for, if it is valid."
-    path = Path(path)
+    path = find_model(path)
     if path.is_dir() and path.suffix == ".tmp":
         raise CheckpointError(f"{path} was left by an interrupted save: use {path.parent}")
     if not path.is_dir() or not (_STEP.fullmatch(path.name) or (path/"manifest.json").is_file()):
         return _patiently(partial(_newest_valid, path, files, contents, best))
-    if best: raise CheckpointError(f"{path} is one step, and the best is one of a run's: "
-                                   f"pass {path.parent}, or leave best=True out")
+    run = f"pass {path.parent}, or "*bool(_STEP.fullmatch(path.name))
+    if best: raise CheckpointError(
+        f"{path} is one step, and the best is one of a run's: {run}leave best=True out")
     verify_checkpoint(path, files, contents)
     return path
 
@@ -634,7 +637,7 @@ def own_weights(self: Checkpoint, name: str = "model") -> dict[str, Tensor]:
 
 # %% ../nbs/27_checkpoint.ipynb #e7078685
 def load_checkpoint(
-    path: str | Path,     # a run directory (its newest valid checkpoint) or a step directory
+    path: str | Path,     # a run (its newest valid checkpoint), a step, or a shipped model's name
     device: str | torch.device = "cpu",  # where tensors go, whatever device they came from
     verify: bool = True,  # check every file's checksum; False: sizes only
     best: bool = False,   # of a run, the one with the lowest validation loss

@@ -31,8 +31,9 @@ from typing import Any
 
 from .condition_config import LabelCondition
 from .config import (
-    REGISTRIES, Config, ConfigError, SamplingConfig, change_config, config_help, list_configs,
-    load_config, load_data_config, load_saved_config, parse_overrides)
+    REGISTRIES, Config, ConfigError, SamplingConfig, change_config, config_help, find_model,
+    list_configs, list_models, load_config, load_data_config, load_saved_config,
+    parse_overrides, say_models)
 from .networks import NETWORKS
 
 # %% ../nbs/43_cli.ipynb #637792e6
@@ -137,6 +138,14 @@ def _run_of(path: Path) -> Path:
     return path
 
 
+def _is_shipped(path: Path) -> bool: return path.resolve() in list_models().values()
+
+
+def _home(step: Path, cfg: Config) -> Path:
+    "The run that a checkpoint is of; for a shipped model, which is of none, what its config says."
+    return Path(cfg.logging.output_dir) if _is_shipped(step) else _run_of(step)
+
+
 def _steps(run: Path) -> list[Path]:
     "The finished checkpoints of a run, oldest first."
     return sorted(p for p in run.glob("checkpoints/*") if _STEP.fullmatch(p.name) and p.is_dir())
@@ -148,9 +157,13 @@ def _resumed_path(given) -> Path | None:
     if not given.strip(): raise ConfigError([
         "--resume: found ''; name a run, as in --resume outputs/quickstart, or no path at all: "
         "then it is the config's own output_dir"])
-    path = Path(given).expanduser()
+    path = find_model(os.path.expanduser(given))
     if not path.exists(): raise FileNotFoundError(
         f"--resume: no such checkpoint or run: '{path}'")
+    if _is_shipped(path): raise ConfigError([
+        f"--resume: '{given}' is a shipped model: its weights alone, and no optimizer to go on "
+        f"with; draw from it (diffusion-sample --checkpoint {path.name}), or train one like it: "
+        f"{path/'README.md'} says how"])
     if path.is_file(): raise ConfigError([
         f"--resume: '{path}' is a file; name the folder it is in: --resume {path.parent}"])
     if path.name == "checkpoints": path = path.parent
@@ -444,6 +457,7 @@ def sample_parser() -> argparse.ArgumentParser:
         epilog="Everything else comes from the checkpoint's own config. The fields of its\n"
                "sampling section can be given too, as --field VALUE:\n"
                + config_help(only="sampling") + "\n\nexamples:\n"
+               "  diffusion-sample --checkpoint shapes --labels star,heart\n"
                "  diffusion-sample --checkpoint outputs/quickstart --labels star,heart\n"
                "  diffusion-sample --checkpoint outputs/quickstart --solver ddpm --steps 100")
     _add_sample_options(parser.add_argument)
@@ -452,7 +466,8 @@ def sample_parser() -> argparse.ArgumentParser:
 # %% ../nbs/43_cli.ipynb #d649d35c
 def _add_sample_options(add) -> None:
     add("--checkpoint", metavar="PATH", required=True,
-        help="a run directory (its newest checkpoint), or a checkpoint")
+        help=f"a run directory (its newest checkpoint), a checkpoint, or a model that comes with "
+        f"the package: {', '.join(list_models())}")
     add("--best", action="store_true",
         help="the run's checkpoint with the least validation loss, instead of its newest")
     add("--num_samples", "--num-samples", metavar="N", help="how many images")
@@ -466,7 +481,8 @@ def _add_sample_options(add) -> None:
         help="sample i depends on the seed and i alone; default 0")
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps; default: the run's")
     add("--output_dir", "--output-dir", metavar="DIR", help="where to write; default: a new folder "
-        "in the run's samples/. One that holds samples already is refused, see --overwrite")
+        "in the run's samples/, of a shipped model in outputs/. One that holds samples already is "
+        "refused, see --overwrite")
     add("--overwrite", action="store_true", help="delete the samples that are there")
     add("--film", action="store_true", help="also write the way from noise, as film.gif")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -504,10 +520,10 @@ def _sampling_words(args, overrides: list[str], also: tuple[str, ...] = ()) -> l
 
 def _checkpoint_path(given: str) -> Path:
     "The run or checkpoint that --checkpoint names. Raises, saying what is wrong."
-    path = Path(given).expanduser()
+    path = find_model(os.path.expanduser(given))
     if not given.strip() or not path.exists(): raise FileNotFoundError(
         f"--checkpoint: no such checkpoint or run: '{given}'; name a run directory, for example "
-        "outputs/quickstart")
+        f"outputs/quickstart, or a shipped model. {say_models(given)}")
     kind = "optimizer state, not weights" if path.name == "trainer.pt" else "a file"
     if path.is_file(): raise ConfigError([
         f"--checkpoint: {path} is {kind}: pass the checkpoint's folder, {path.parent}"])
@@ -737,7 +753,7 @@ def _new_folder(folder: Path) -> Path:
 
 def _sample_folder(args, step: Path, cfg: Config) -> Path:
     "Where this sampling is written. Raises ConfigError where it must not be."
-    run, s = _run_of(step), cfg.sampling
+    run, s = _home(step, cfg), cfg.sampling
     name = f"{step.name}_{s.solver}_{s.steps}_seed_{args.seed}"
     folder = Path(args.output_dir).expanduser() if args.output_dir else run/"samples"/name
     if not (args.output_dir or args.overwrite): folder = _new_folder(folder)
@@ -898,9 +914,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/43_cli.ipynb #632b0d64
 def _add_evaluate_options(add) -> None:
-    add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), or a "
-        "checkpoint: samples are drawn from it; or, with an autoencoder, the reference's images "
-        "reconstructed")
+    add("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint), a "
+        "checkpoint, or a shipped model's name: samples are drawn from it; or, with an "
+        "autoencoder, the reference's images reconstructed")
     add("--samples", metavar="PATH", help="or: a folder of PNG files, or a .npy or .npz file of "
         "bytes, of this or any other program")
     add("--config", metavar="NAME", help="with --samples: whose data they should be like")
@@ -919,7 +935,7 @@ def _add_evaluate_options(add) -> None:
     add("--seed", metavar="N", type=int, default=0, help="of the samples; default 0")
     add("--device", metavar="NAME", help="auto, cpu, cuda, ...; default: the run's, or auto")
     add("--output_dir", "--output-dir", metavar="DIR", help="where the report goes; default: "
-        "evaluation/ in the run, or beside the samples")
+        "evaluation/ in the run (of a shipped model in outputs/), or beside the samples")
     add("--no_cache", "--no-cache", action="store_true", help="compute features and floors of the "
         "data anew, and keep none ($DIFFUSION_MODEL_CACHE says where they are kept)")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -1058,10 +1074,12 @@ def _judge_autoencoder(args, checkpoint, cfg: Config, features: list | None, wor
     return judge, model.images, model, checkpoint
 
 # %% ../nbs/43_cli.ipynb #e05502bc
-def _report_folder(args, step: Path | None) -> Path:
+def _report_folder(args, checkpoint) -> Path:
     "Where the report is written. Raises ConfigError where it cannot be."
     if args.output_dir: folder = Path(args.output_dir).expanduser()
-    elif step: folder = _run_of(step)/"evaluation"/f"{step.name}_seed_{args.seed}"
+    elif checkpoint:
+        run, name = _home(checkpoint.path, checkpoint.config), checkpoint.path.name
+        folder = run/"evaluation"/f"{name}_seed_{args.seed}"
     else:
         samples = Path(args.samples).expanduser()
         folder = samples.with_name(f"{samples.stem}_evaluation")
@@ -1103,13 +1121,13 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
         args, overrides, eyes, world, **how)
     report.check_likelihoods(of_models, model)
     judge.check(samples, labelled=not hasattr(model, "denoiser") or model.denoiser.num_classes > 0)
-    folder = _report_folder(args, checkpoint and checkpoint.path)
+    folder = _report_folder(args, checkpoint)
     lines = report.evaluate_samples(judge, samples, folder, _facts(
         args, judge, samples, model, checkpoint), model,
         [name for name in of_models if name in report.LIKELIHOODS])
     if world.main:
-        if checkpoint: report.record(_run_of(checkpoint.path), checkpoint.step, lines,
-                                     checkpoint.config)
+        if checkpoint: report.record(_home(checkpoint.path, checkpoint.config), checkpoint.step,
+                                     lines, checkpoint.config)
         _say(judging.table(lines))
         _say(f"the page: {folder}/report.html; the numbers: {folder}/report.json")
     world.close()

@@ -6,8 +6,8 @@
 __all__ = ['REGISTRIES', 'Probability', 'Share', 'Noise', 'Seed', 'Count', 'Side', 'Size', 'SOLVER_OPTIONS', 'KNOWN_CLASSES',
            'SECTIONS', 'PRECEDENCE', 'MIGRATIONS', 'ConfigError', 'Registry', 'DiffusionConfig', 'DataConfig',
            'TrainingConfig', 'SamplingConfig', 'LoggingConfig', 'solver_options', 'sections', 'Config', 'list_configs',
-           'find_config', 'parse_overrides', 'change_config', 'load_config', 'load_data_config', 'save_config',
-           'config_diff', 'migrate_config', 'load_saved_config', 'config_help']
+           'find_config', 'list_models', 'find_model', 'say_models', 'parse_overrides', 'change_config', 'load_config',
+           'load_data_config', 'save_config', 'config_diff', 'migrate_config', 'load_saved_config', 'config_help']
 
 # %% ../nbs/20_config.ipynb #d0caca96
 import dataclasses
@@ -655,6 +655,32 @@ def find_config(
     near = difflib.get_close_matches(named.stem, list_configs(), n=1)
     raise ConfigError([f"config: found '{name}', which is neither a file nor a shipped config; "
                        + (f"did you mean {near[0]}? " if near else "") + shipped])
+
+# %% ../nbs/20_config.ipynb #cfb32821
+def list_models() -> dict[str, Path]:  # name -> its folder, a checkpoint and its README.md
+    "The trained models that come with the package."
+    import diffusion_model
+    folder = Path(diffusion_model.__file__).resolve().parent/"models"
+    return {p.parent.name: p.parent for p in sorted(folder.glob("*/manifest.json"))}
+
+
+def find_model(
+    name: str | Path,  # a path, or the name of a shipped model
+) -> Path:             # as it was given, whether it exists or not; or the shipped model's folder
+    "Where a model is: at a path, if there is such a one; else among the shipped ones."
+    models = list_models()
+    return models[str(name)] if str(name) in models and not Path(name).exists() else Path(name)
+
+
+def say_models(
+    name: str | Path,  # what was given, and is no model
+) -> str:
+    "What an error says of the shipped models, in whole sentences."
+    models = list_models()
+    if str(name) in models: return (
+        f"The shipped model {name} is at {models[str(name)]}: what is called so here hides it")
+    near = difflib.get_close_matches(str(name), models, n=1)
+    return (f"Did you mean {near[0]}? " if near else "") + f"Shipped models: {', '.join(models)}"
 
 # %% ../nbs/20_config.ipynb #f11bd819
 def _parse(path: Path) -> dict:

@@ -29,7 +29,7 @@ from .speed import autocast, choose_precision, for_drawing
 
 # %% ../nbs/40_generation.ipynb #abb508b7
 def load_network(
-    path: Path | str | Checkpoint,  # a run directory, a step directory, or a `Checkpoint`
+    path: Path | str | Checkpoint,  # a run, a step, a shipped model's name, or a `Checkpoint`
     ema: bool | str = True,     # averaged weights, where there are any; or the name of an average
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # to be filled: needed where a run trained a network of its own
@@ -84,7 +84,7 @@ def _described(checkpoint: Checkpoint, space: Any) -> nn.Module:
 
 # %% ../nbs/40_generation.ipynb #a14cfd16
 def load_denoiser(
-    path: Path | str | Checkpoint,  # a run directory (newest checkpoint), a step, or a `Checkpoint`
+    path: Path | str | Checkpoint,  # a run (newest checkpoint), a step, a name, or a `Checkpoint`
     ema: bool | str = True,     # as for `load_network`
     device: torch.device | str = "cpu",
     network: nn.Module = None,  # as for `load_network`

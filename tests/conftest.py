@@ -1,11 +1,16 @@
 "Faults that a run must survive, or end at with a clear word; `make faults` prints how each fared."
 import signal
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from diffusion_model.cli import sample_command, train_command
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Who starts the tests in the background may have switched these off, for them and what they start.
 for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
@@ -135,3 +140,17 @@ def nothing_left_behind():
     yield
     from diffusion_model.checkpoint import wait_for_checkpoints
     wait_for_checkpoints()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "A folder with the package as its wheel installs it."
+    top = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    for arguments in (["wheel", "--no-deps", "--wheel-dir", top, ROOT],
+                      ["install", "--no-deps", "--target", top/"installed", "--no-index",
+                       "--find-links", top, "diffusion_model"]):
+        with FileLock(tmp_path_factory.getbasetemp().parent/"wheel.lock"):  # ROOT/build is one
+            done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return top/"installed"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from filelock import FileLock
 from nbclient import NotebookClient
 
 from pages import NAMES, NOTEBOOKS, ROOT
@@ -34,20 +33,6 @@ def wrong_answers(path):
     if not file.is_file(): return {}
     parts = re.split(r"^== (\w+)\n", file.read_text(), flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2]))
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    "A folder with the package as its wheel installs it."
-    top = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for arguments in (["wheel", "--no-deps", "--wheel-dir", top, ROOT],
-                      ["install", "--no-deps", "--target", top/"installed", "--no-index",
-                       "--find-links", top, "diffusion_model"]):
-        with FileLock(tmp_path_factory.getbasetemp().parent/"wheel.lock"):  # ROOT/build is one
-            done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return top/"installed"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

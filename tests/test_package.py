@@ -1,11 +1,12 @@
 "The package from outside: quick to import, names at hand, the old and the new command."
-import ast, re, subprocess, sys
+import ast, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import diffusion_model
+from diffusion_model.config import list_models
 
 PACKAGE = Path(diffusion_model.__file__).parent
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if p.name not in ("_modidx.py", "_site.py"))
@@ -91,6 +92,37 @@ def test_public_arguments_are_annotated(path):
 
 
 def test_package_says_that_it_is_typed(): assert (PACKAGE/"py.typed").is_file()
+
+
+def test_the_wheel_has_the_shipped_models(wheel):
+    def files(top): return {p.relative_to(top): p.read_bytes() for p in top.rglob("*.*")}
+    ours, theirs = files(PACKAGE/"models"), files(wheel/"diffusion_model"/"models")
+    assert ours and ours == theirs
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*_, **__): raise AssertionError("something asks the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from diffusion_model.cli import sample_command
+code = sample_command(["--checkpoint", sys.argv[1], "--output_dir", "drawn"])
+import diffusion_model, resource
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+print(code, diffusion_model.__file__, most)
+"""
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_shipped_model_draws_64_from_the_wheel(name, wheel, tmp_path):
+    "In an empty folder, offline, and in less than 1.5 GB, the libraries' own included."
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", OFFLINE, name], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(wheel)})
+    assert done.returncode == 0, done.stderr
+    code, path, most = done.stdout.splitlines()[-1].split()
+    assert code == "0" and Path(path).is_relative_to(wheel), done.stderr
+    assert len([*(tmp_path/"drawn").glob("0*.png")]) == 64
+    assert int(most) < 1.5e9, f"{int(most)/1e9:.2f} GB"
 
 
 ROOT = PACKAGE.parent
