@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent classifiers ship clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent quality classifiers ship clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -83,6 +83,9 @@ benchmarks: train  ## Measure solvers, the trainer, judging, the quick start, it
 
 latent: $(READY)  ## Measure pixels against latents at equal time (over an hour; ARGS='--data FOLDER')
 	$(BIN)/python benchmarks/latent.py --out outputs/pixels_or_latents $(ARGS)
+
+quality: $(READY)  ## Ten minutes of one core on Fashion-MNIST: FD (ARGS='--root DIR --peers', two hours)
+	$(BIN)/python benchmarks/quality.py --out outputs/quality $(ARGS)
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)

@@ -185,7 +185,7 @@ def _muon(groups: list[dict], training: TrainingConfig, lr: float, fused: bool |
     whole = [group | {"whole": all(p.ndim > 1 for p in group["params"])} for group in groups[:1]]
     return Muon(whole + groups[1:], lr, (training.beta1, training.beta2), fused=fused)
 
-
+# %% ../nbs/25_optimizer.ipynb #f1e03985
 OPTIMIZERS = {  # name -> optimizer(groups, training, lr, fused)
     "adamw": _adamw, "adam": _adam, "sgd": _sgd, "lion": _lion, "muon": _muon}
 

@@ -182,7 +182,7 @@ def _offered(module: nn.Module, way: str) -> nn.Module:
         if id(p) not in kept: give_back(p)
     return made
 
-
+# %% ../nbs/29_speed.ipynb #6527cc13
 def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
     "Is it a plain convolution, on a CPU whose library packs kernels?"
     return (type(module) is nn.Conv2d and module.weight.device.type == "cpu"
