@@ -40,41 +40,44 @@ def cosine(share: float) -> float: return 0.5 + 0.5*math.cos(math.pi*min(1., sha
 def constant(share: float) -> float: return 1.
 
 
-def ours(root: str, seconds: float, samples: int, change: dict) -> tuple:
-    "The config as shipped, with as many steps as there is time for."
+def ours(root: str, seconds: float, samples: int, change: dict, out: Path) -> tuple:
+    "The shipped config, changed, with as many steps as there is time for."
     import torch
 
+    from diffusion_model.checkpoint import wait_for_checkpoints
     from diffusion_model.config import load_config
     from diffusion_model.dataset import create_dataset
-    from diffusion_model.generation import generate
+    from diffusion_model.generation import generate, load_denoiser
     from diffusion_model.training import Trainer
-    clock, steps = Clock(seconds), 30
-    fields = {"data.root": root, "logging.progress": False} | change
-    data = create_dataset(load_config("fashion_mnist", fields).data)
+    fields = {"data.root": root, "logging.progress": False, "output_dir": str(out)} | change
+    cfg = load_config("fashion_mnist", fields)
+    if not (out/"facts.json").exists():
+        clock, data = Clock(seconds), create_dataset(cfg.data)
 
-    def trainer(steps):
-        cfg = load_config("fashion_mnist", fields | {"max_steps": steps})
-        made = Trainer(cfg, data, callbacks=[])
-        made.check_precision()
-        made.objective.train()
-        return made, iter(made.loader)
+        def trainer(steps):
+            cfg = load_config("fashion_mnist", fields | {"max_steps": steps})
+            made = Trainer(cfg, data, callbacks=[])
+            made.check_precision()
+            made.objective.train()
+            return made, iter(made.loader)
 
-    made, batches = trainer(steps)  # how long does a step take? What this costs is counted
-    for _ in range(5): made.train_step(next(batches))
-    begin = time.process_time()
-    for _ in range(10): made.train_step(next(batches))
-    pace = (time.process_time() - begin)/10
-    made, batches = trainer(round((1 - clock.used())*seconds/pace))
-    while made.step < made.cfg.training.max_steps and clock.used() < 1:
-        made.train_step(next(batches))
-    trained = clock.used()*seconds
-    with made.averaged() as objective:
-        denoiser = objective.denoiser
-        drawn = generate(denoiser, samples, torch.arange(samples) % CLASSES, seed=1,
-                         sampling=made.cfg.sampling, space=objective.space)
-        images = torch.cat([d.images for d in drawn])
-    return images, {"steps": made.step, "batch": made.cfg.training.batch_size, "seconds": trained,
-                    "parameters": sum(p.numel() for p in denoiser.parameters())}
+        made, batches = trainer(30)  # how long does a step take? What this costs is counted
+        for _ in range(5): made.train_step(next(batches))
+        begin = time.process_time()
+        for _ in range(10): made.train_step(next(batches))
+        pace = (time.process_time() - begin)/10
+        made, batches = trainer(max(1, round((1 - clock.used())*seconds/pace)))
+        while made.step < made.cfg.training.max_steps and clock.used() < 1:
+            made.train_step(next(batches))
+        facts = {"steps": made.step, "batch": cfg.training.batch_size,
+                 "seconds": clock.used()*seconds,
+                 "parameters": sum(p.numel() for p in made.objective.parameters())}
+        made.save()
+        wait_for_checkpoints()
+    else: facts = json.loads((out/"facts.json").read_text())  # drawn otherwise, from what is there
+    drawn = generate(load_denoiser(out), samples, torch.arange(samples) % CLASSES, seed=1,
+                     sampling=cfg.sampling)
+    return torch.cat([d.images for d in drawn]), facts
 
 
 class Peer:
@@ -235,18 +238,61 @@ PEERS = {  # name -> (what makes it, how it is trained)
 }
 
 OURS = "the shipped config"
-STUDY = {  # name -> what is changed of the shipped config; filled below
+STUDY = {  # name -> what is changed of the shipped config, one choice each
+    "prediction: the velocity": {"diffusion.prediction": "flow"},
+    "prediction: the noise": {"diffusion.prediction": "eps", "diffusion.schedule": "cosine"},
+    "prediction: EDM's": {"diffusion.prediction": "edm"},
+    "schedule: cosine": {"diffusion.schedule": "cosine"},
+    "weighting: min-SNR": {"diffusion.loss_weighting": "min_snr"},
+    "times: logit-normal": {"diffusion.timestep_sampling": "logit_normal"},
+    "stem: patches of 4": {"model.patch_size": 4, "model.channel_multipliers": [3, 4],
+                           "model.attention_resolutions": [8, 4]},
+    "stem: none": {"model.patch_size": 1, "model.channel_multipliers": [1, 1, 2, 3]},
+    "network: a transformer": {
+        "model.name": "dit", "model.patch_size": 4, "model.width": 192, "model.depth": 6,
+        "model.heads": 4},
+    "width: half as much again": {"model.base_channels": 48},
+    "width: 64, levels [1, 2, 2]": {
+        "model.base_channels": 64, "model.channel_multipliers": [1, 2, 2],
+        "model.attention_resolutions": [8], "model.norm_groups": 16},
+    "depth: two blocks a level": {"model.num_res_blocks": 2},
+    "time: scales and shifts": {"model.adaptive_norm": True},
+    "batch: 32": {"training.batch_size": 32},
+    "batch: 128": {"training.batch_size": 128},
+    "rate: 1e-3": {"training.learning_rate": 1e-3},
+    "rate: 4e-3": {"training.learning_rate": 4e-3},
+    "rate: constant": {"training.lr_schedule": "constant"},
+    "optimizer: AdamW": {"training.optimizer": "adamw", "training.learning_rate": 1e-3},
+    "average: 0.98": {"training.ema_decay": 0.98},
+    "average: 0.999": {"training.ema_decay": 0.999},
+    "precision: float32": {"training.precision": "fp32"},
+    "data: flipped at random": {"data.horizontal_flip": True},
+    "data: 28 pixels": {"data.image_size": 28, "model.channel_multipliers": [1, 2],
+                        "model.attention_resolutions": [7]},
+    "guidance: none": {"sampling.guidance_scale": 1.},
+    "guidance: 2": {"sampling.guidance_scale": 2.},
+    "guidance: 3": {"sampling.guidance_scale": 3.},
+    "solver: DDIM, 50 steps": {"sampling.solver": "ddim", "sampling.steps": 50},
+    "solver: Heun, 10 steps": {"sampling.solver": "heun", "sampling.steps": 10},
+    "solver: 10 steps": {"sampling.steps": 10},
+    "solver: 40 steps": {"sampling.steps": 40},
 }
 
 
-def variant(name: str, root: str, seconds: float, samples: int) -> tuple:
+def variant(name: str, args) -> tuple:
     "Images of a variant, uint8 (N, 1, side, side), and the facts of its training."
     import torch
     torch.set_num_threads(1)
     if name in PEERS:
         make, how = PEERS[name]
-        return peer(root, seconds, samples, make, **how)
-    return ours(root, seconds, samples, {} if name == OURS else STUDY[name])
+        return peer(args.root, args.seconds, args.samples, make, **how)
+    return ours(args.root, args.seconds, args.samples, STUDY.get(name, {}),
+                folder(args.out, OURS if only_drawn(name) else name))
+
+
+def only_drawn(name: str) -> bool:
+    "Is the network that of the shipped config, and only drawn from in another way?"
+    return name in STUDY and all(field.startswith("sampling.") for field in STUDY[name])
 
 
 # -- in the parent's process
@@ -257,6 +303,7 @@ def folder(out: Path, name: str) -> Path:
 def made(name: str, args) -> Path:
     "Where a variant's samples lie; it is trained if they are not there."
     here = folder(args.out, name)
+    if only_drawn(name): made(OURS, args)
     if not (here/"facts.json").exists():
         here.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, __file__, "--root", args.root, "--out", str(args.out),
@@ -268,7 +315,7 @@ def made(name: str, args) -> Path:
 def make_one(args) -> None:
     "The work of a variant's process."
     import numpy as np
-    images, facts = variant(args.variant, args.root, args.seconds, args.samples)
+    images, facts = variant(args.variant, args)
     here = folder(args.out, args.variant)
     np.save(here/"samples.npy", images.numpy())
     (here/"facts.json").write_text(json.dumps(facts))
