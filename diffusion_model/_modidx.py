@@ -643,6 +643,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'diffusion_model.dataset._damaged': ('dataset.html#_damaged', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._digest': ('dataset.html#_digest', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._disc': ('dataset.html#_disc', 'diffusion_model/dataset.py'),
+                                         'diffusion_model.dataset._drawn': ('dataset.html#_drawn', 'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._end_on_request': ( 'dataset.html#_end_on_request',
                                                                                       'diffusion_model/dataset.py'),
                                          'diffusion_model.dataset._file_in': ('dataset.html#_file_in', 'diffusion_model/dataset.py'),

@@ -633,19 +633,21 @@ def split_train(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[held:].sort().values, order[:held].sort().values
 
 
+def _drawn(data, sources: dict, vocabulary: Vocabulary | None = None) -> Datasets:
+    sets = [ImageSet(source, create_transform(data, split == "train"))
+            for split, source in sources.items()]
+    return Datasets(*sets, list(sources["train"].classes), vocabulary)
+
+
 def _shapes(data) -> Datasets:
     sizes = {"train": data.train_size, "validation": data.validation_size, "test": data.test_size}
-    sets = [ImageSet(Shapes(n, data.image_size, data.data_seed, split),
-                     create_transform(data, split == "train")) for split, n in sizes.items()]
-    return Datasets(*sets, list(Shapes.classes))
+    return _drawn(data, {split: Shapes(n, data.image_size, data.data_seed, split)
+                         for split, n in sizes.items()})
 
 
 def _avatars(data) -> Datasets:
     from diffusion_model.avatars import open_avatars
-    sources, vocabulary = open_avatars(data)
-    sets = [ImageSet(source, create_transform(data, split == "train"))
-            for split, source in sources.items()]
-    return Datasets(*sets, list(sources["train"].classes), vocabulary)
+    return _drawn(data, *open_avatars(data))
 
 # %% ../nbs/23_dataset.ipynb #d4fccf71
 def _torchvision(data) -> Datasets:
