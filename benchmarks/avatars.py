@@ -5,7 +5,7 @@ style, colour and feature; states how often it is right on drawn images that it 
 draws 256 images from a run, of prompts that ask for combinations held out of the run's training,
 and counts how many have the style, the colour and the feature that the prompt names.
 
-    python benchmarks/avatars.py [RUN] [--steps 800]        default: outputs/avatars
+    python benchmarks/avatars.py [RUN] [--steps 500]        default: outputs/avatars
 
 A few minutes on one core. Without a run it says how good the classifier is, and ends.
 """
@@ -77,7 +77,7 @@ def shares(found: Tensor, right: Tensor) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, default=Path("outputs/avatars"))
-    parser.add_argument("--steps", type=int, default=800, help="of the classifier; default 800")
+    parser.add_argument("--steps", type=int, default=500, help="of the classifier; default 500")
     parser.add_argument("--drawn", type=int, default=7680, help="images that it learns from")
     parser.add_argument("--verbose", action="store_true", help="which features it takes for others")
     parser.add_argument("--images", type=int, default=256, help="that are judged; default 256")

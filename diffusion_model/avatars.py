@@ -144,12 +144,13 @@ _MOON = {"orbVariant": "glow", "orbColor": "#fff9db", "backgroundColor": _NIGHT}
 def _hills(variant: str) -> dict: return {f"hill{i}Variant": variant for i in (1, 2, 3, 4)}
 
 
+_PLAINS = _hills("gentle") | {"hill1Probability": 0}  # flat, and under more sky
 _LANDSCAPE = Style("landscape", "a {} landscape", {
     "hill1Color": "light", "hill2Color": "main", "hill3Color": "dark", "hill4Color": "deep",
     "orbProbability": 100}, {
-    "{} plains under a sun": _hills("gentle") | _SUN,
+    "{} plains under a sun": _PLAINS | _SUN,
     "{} mountains under a sun": _hills("ridge") | _SUN,
-    "{} plains under a moon": _hills("gentle") | _MOON,
+    "{} plains under a moon": _PLAINS | _MOON,
     "{} mountains under a moon": _hills("ridge") | _MOON}, nights=False)
 
 _OPEN = {"eyesVariant": ["pupils", "bigPupils"]}
