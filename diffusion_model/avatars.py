@@ -325,7 +325,7 @@ def open_avatars(
     words, sources = Vocabulary.of(every, data.caption_words), {}
     for split in _SPLITS:
         source = Avatars(getattr(data, f"{split}_size"), data.image_size, data.data_seed, split)
-        found = Found(source.cond, source.classes, source.captions)
+        found = Found(source.cond.numpy(), source.classes, source.captions)
         source.cond, _ = conditions(found, torch.arange(0), data, words)
         sources[split] = source
     return sources, words
