@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent quality classifiers ship clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent avatars quality classifiers ship clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -18,7 +18,7 @@ setup: $(READY)  ## Make .venv and install the package with its extras (quick th
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"diffusion_model needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}. Name another: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb,hf]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,interop,eval,wandb,hf,avatars]'
 	@touch $@
 
 train: $(READY)  ## Train the quick-start model (about 4 minutes on two CPU cores) and draw samples
@@ -86,6 +86,9 @@ latent: $(READY)  ## Measure pixels against latents at equal time (over an hour;
 
 quality: $(READY)  ## Ten minutes of one core on Fashion-MNIST: FD (ARGS='--root DIR --peers', two hours)
 	$(BIN)/python benchmarks/quality.py --out outputs/quality $(ARGS)
+
+avatars: $(READY)  ## Judge a model of avatars by prompts it has never seen (minutes; ARGS='outputs/avatars')
+	$(BIN)/python benchmarks/avatars.py $(ARGS)
 
 classifiers: $(READY)  ## Train the six classifiers whose features are shipped (ARGS='--root DIR')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/classifiers.py $(ARGS)

@@ -177,7 +177,7 @@ Size = Annotated[Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 # %% ../nbs/20_config.ipynb #f5069b8d
 class _Images(_Section):
     dataset: str = Field(
-        "CIFAR10", description="shapes, folder, arrays, hf:NAME, or a torchvision data set's name")
+        "CIFAR10", description="shapes, avatars, folder, arrays, hf:NAME, or one of torchvision's")
     root: str = Field("data", description="where files are; for folder and arrays, they themselves")
     download: bool = Field(False, description="let what is missing be fetched")
     space: Annotated[str, REGISTRIES["data.space"]] = Field(
@@ -208,9 +208,9 @@ class DataConfig(_Images):
         "error", description="what to do on resume where the data are others than they were")
     validation_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="of the training images (and of a folder, for test too)")
-    train_size: Count = Field(50_000, description="images, for dataset: shapes")
-    validation_size: Count = Field(2_000, description="images, for dataset: shapes")
-    test_size: Count = Field(10_000, description="images, for dataset: shapes")
+    train_size: Count = Field(50_000, description="images, for dataset: shapes, avatars")
+    validation_size: Count = Field(2_000, description="images, for dataset: shapes, avatars")
+    test_size: Count = Field(10_000, description="images, for dataset: shapes, avatars")
     data_seed: Seed = Field(0, description="of splits, augmentation and drawn images")
     num_workers: int = Field(0, ge=0, le=128, description="processes that load; 0: none")
     caption_length: int = Field(16, ge=1, le=4096, description="words of a caption; others are cut")
@@ -408,8 +408,8 @@ def _not_its_own(sampling: SamplingConfig, option: str) -> str:
 
 # %% ../nbs/20_config.ipynb #e2576404
 #: Classes of the data sets that everybody knows; others are checked when the data is loaded.
-KNOWN_CLASSES = {"shapes": 8, "MNIST": 10, "FashionMNIST": 10, "KMNIST": 10, "CIFAR10": 10,
-                 "CIFAR100": 100, "SVHN": 10, "STL10": 10}
+KNOWN_CLASSES = {"shapes": 8, "avatars": 7, "MNIST": 10, "FashionMNIST": 10, "KMNIST": 10,
+                 "CIFAR10": 10, "CIFAR100": 100, "SVHN": 10, "STL10": 10}
 
 # %% ../nbs/20_config.ipynb #99f26254
 def _check_labels(model: BaseModel, data: DataConfig, training: TrainingConfig,
@@ -478,7 +478,8 @@ def _check_batches(data: DataConfig, training: TrainingConfig) -> list[str]:
     if training.accumulation > training.batch_size: lines.append(
         f"training.accumulation: found {training.accumulation}; at most training.batch_size = "
         f"{training.batch_size}, an image in each part")
-    if data.dataset == "shapes" and training.batch_size > data.train_size: lines.append(
+    drawn = data.dataset in ("shapes", "avatars")
+    if drawn and training.batch_size > data.train_size: lines.append(
         f"training.batch_size: found {training.batch_size}, more than data.train_size = "
         f"{data.train_size}: choose at most that")
     return lines

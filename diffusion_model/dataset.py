@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'IMAGE_SUFFIXES', 'DATASETS', 'SIGNALS', 'draw_shapes', 'Shapes', 'Batch', 'ImageSet',
            'Datasets', 'labels_of', 'ArraySource', 'LazySource', 'read_image', 'list_images', 'scan_folder',
-           'split_train', 'cut_parts', 'create_dataset', 'hash_files', 'content_of', 'unaugmented', 'describe_data',
-           'compare_data', 'sample_indices', 'PositionLoader', 'create_loader']
+           'split_train', 'cut_parts', 'create_dataset', 'content_of', 'unaugmented', 'describe_data', 'compare_data',
+           'sample_indices', 'PositionLoader', 'create_loader']
 
 # %% ../nbs/23_dataset.ipynb #a7fb1e9a
 import collections, contextlib, copy, difflib, functools, hashlib, inspect, itertools, json, math
 import multiprocessing, os, signal, stat, threading, traceback, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from .captions import Vocabulary, read_captions
 from .counters import counter_uniform, permutation
 from .denoiser import Cond, map_cond
+from .pixels import hash_files
 from .sources import (
     ArrayImages, Found, HubImages, conditions, create_image_condition, find_columns, found_in,
     hub_conditions, open_arrays, open_hub)
@@ -632,11 +633,21 @@ def split_train(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[held:].sort().values, order[:held].sort().values
 
 
+def _drawn(data, sources: dict, vocabulary: Vocabulary | None = None) -> Datasets:
+    sets = [ImageSet(source, create_transform(data, split == "train"))
+            for split, source in sources.items()]
+    return Datasets(*sets, list(sources["train"].classes), vocabulary)
+
+
 def _shapes(data) -> Datasets:
     sizes = {"train": data.train_size, "validation": data.validation_size, "test": data.test_size}
-    sets = [ImageSet(Shapes(n, data.image_size, data.data_seed, split),
-                     create_transform(data, split == "train")) for split, n in sizes.items()]
-    return Datasets(*sets, list(Shapes.classes))
+    return _drawn(data, {split: Shapes(n, data.image_size, data.data_seed, split)
+                         for split, n in sizes.items()})
+
+
+def _avatars(data) -> Datasets:
+    from diffusion_model.avatars import open_avatars
+    return _drawn(data, *open_avatars(data))
 
 # %% ../nbs/23_dataset.ipynb #d4fccf71
 def _torchvision(data) -> Datasets:
@@ -706,7 +717,7 @@ def _hub(data) -> Datasets:
 
 # %% ../nbs/23_dataset.ipynb #339afd0f
 #: name -> function(data) -> Datasets; hf:… is Hugging Face's, other names are torchvision's
-DATASETS = {"shapes": _shapes, "folder": _folder, "arrays": _arrays}
+DATASETS = {"shapes": _shapes, "avatars": _avatars, "folder": _folder, "arrays": _arrays}
 
 
 def create_dataset(
@@ -778,16 +789,6 @@ def describe(self: _File, indices: Tensor, most: int = 200_000) -> dict:
     return {"digest": digest} | ({"files": sizes} if sum(map(len, sizes)) <= most else {})
 
 # %% ../nbs/23_dataset.ipynb #7f4b60d5
-def hash_files(
-    paths: Sequence[Path],
-) -> str:  # 64 hex digits
-    "The sha256 of every byte of some files, in this order."
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file: total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def content_of(
     images: ImageSet,
     data: Any,  # the `DataConfig` that it was made by

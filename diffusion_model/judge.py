@@ -32,12 +32,12 @@ from .autoencoder import Autoencoder
 from .config import DataConfig, SamplingConfig
 from .counters import permutation
 from .dataset import (
-    Datasets, ImageSet, content_of, hash_files, labels_of, list_images, read_image, unaugmented)
+    Datasets, ImageSet, content_of, labels_of, list_images, read_image, unaugmented)
 from .denoiser import Cond, DenoiserLike, map_cond
 from .evaluation import METRICS, Evidence, score
 from .features import Features, create_features, features_for
 from .generation import generate
-from .pixels import Pixels, cache_folder, psnr, to_uint8
+from .pixels import Pixels, cache_folder, hash_files, psnr, to_uint8
 from .processes import World
 from .transforms import as_channels, to_tensor
 

@@ -7,12 +7,9 @@ __all__ = ['NAME', 'FORMAT', 'saved_autoencoder', 'Latents', 'encode_all', 'Late
 
 # %% ../nbs/29_latents.ipynb #d53a4d31
 import hashlib
-import json
 import math
 import shutil
 import sys
-import warnings
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -32,10 +28,10 @@ from .checkpoint import (
     Checkpoint, CheckpointError, load_checkpoint, load_weights)
 from .config import ConfigError
 from .counters import counter_normal, counter_uniform
-from .dataset import Batch, ImageSet, content_of, hash_files, unaugmented
+from .dataset import Batch, ImageSet, content_of, unaugmented
 from .denoiser import map_cond
 from .interop import find_autoencoder_kl, read_autoencoder_kl
-from .pixels import Pixels, Space, cache_folder
+from .pixels import Pixels, Space, kept
 
 # %% ../nbs/29_latents.ipynb #c4b1d522
 NAME = "autoencoder"  #: of the file in a checkpoint that holds it
@@ -294,40 +290,6 @@ def about(self: Latents, images: ImageSet) -> dict:  # plain values
             "images": content_of(images, self.data), "flips": images.transform.flip,
             "sample": self.data.latent_sample}
 
-
-def _vouched(folder: Path, about: dict) -> bool:
-    "Is this folder whole, and of these images and this autoencoder?"
-    try: manifest = json.loads((folder/"manifest.json").read_text())
-    except (OSError, ValueError): return False
-    file = folder/"latents.npy"
-    if manifest.get("about") == about and file.is_file() \
-            and hash_files([file]) == manifest.get("sha256"): return True
-    warnings.warn(f"{folder}: its latents are damaged, or others; they are computed anew")
-    return False
-
-# %% ../nbs/29_latents.ipynb #37de3e8a
-def _sweep(root: Path) -> None:
-    "Remove what was left half-written, where the process that wrote it is no more."
-    for part in root.glob("*.part"):
-        with suppress(Timeout), FileLock(part.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(part, ignore_errors=True)
-
-
-@patch
-def _keep(self: Latents, images: ImageSet, folder: Path, about: dict, device) -> None:
-    "Encode a set into a folder that is whole, or not there."
-    images, part = unaugmented(images, self.data), folder.with_suffix(".part")
-    _check_scale(self, images, device)
-    shutil.rmtree(part, ignore_errors=True)  # of one that died while this one waited
-    part.mkdir()
-    try:
-        encode_all(images, self, part/"latents.npy", about["flips"], about["sample"], device)
-        manifest = {"about": about, "sha256": hash_files([part/"latents.npy"])}
-        (part/"manifest.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
-
 # %% ../nbs/29_latents.ipynb #aca6f9c3
 @patch
 def prepared(self: Latents,
@@ -337,11 +299,10 @@ def prepared(self: Latents,
     "The set, with its latents from the disk; encoded first, where they are not there yet."
     source = getattr(images, "source", None)
     if not hasattr(source, "describe") or not hasattr(source, "cond"): return images
-    about, root = self.about(images), cache_folder()/"latents"
+    about = self.about(images)
     if not about["images"]: return images
-    folder = root/hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    root.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    with FileLock(folder.with_suffix(".lock")):  # who comes second waits, and finds them
-        if not _vouched(folder, about): self._keep(images, folder, about, device)
-    return LatentSet(images, folder, about)
+    def write(folder):
+        plain = unaugmented(images, self.data)
+        _check_scale(self, plain, device)
+        encode_all(plain, self, folder/"latents.npy", about["flips"], about["sample"], device)
+    return LatentSet(images, kept("latents", about, write), about)

@@ -20,7 +20,7 @@ def cells(page: str, home: str) -> list[dict]:
     link = f"https://colab.research.google.com/github/{where}/blob/main/nbs/{page}"
     badge = f"{BADGE}(https://colab.research.google.com/assets/colab-badge.svg)]({link})"
     install = ("#| hide\n# Colab lacks the library; elsewhere this does nothing.\n"
-               f"{INSTALL} && pip install --quiet 'diffusion_model @ git+{home}'")
+               f"{INSTALL} && pip install --quiet 'diffusion_model[avatars] @ git+{home}'")
     code = {"cell_type": "code", "execution_count": None, "id": "colab1", "outputs": [],
             "metadata": {"jupyter": {"source_hidden": True}},
             "source": install.splitlines(keepends=True)}

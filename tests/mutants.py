@@ -37,6 +37,7 @@ TESTS = {
     "config": ["test_shipped.py", "faults/test_fields.py", "test_cli.py"],
     "transforms": ["faults/test_images.py"],
     "dataset": ["test_sources.py", "faults/test_images.py"],
+    "pixels": ["test_latents.py", "test_avatars.py"], "avatars": ["test_dataset.py"],
     "space": ["test_transforms.py", "test_registries.py", "test_cli.py", "faults/test_numbers.py"],
     "optimizer": ["test_training.py"], "ema": ["test_training.py"],
     "checkpoint": ["test_shipped.py", "faults/test_saving.py", "test_training.py"],
