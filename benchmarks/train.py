@@ -121,8 +121,8 @@ def their_unet(size: str):
     if size == "small": widths, kinds = (64, 128, 128), (plain, plain, attends)
     elif size == "cifar": channels, widths, kinds = 3, (128, 256, 256, 256), \
         (plain, attends, plain, plain)
-    elif size == "preset": widths, kinds, blocks, classes = (64, 128, 128), \
-        (plain, plain, attends), 1, 11
+    elif size == "preset": widths, kinds, blocks, groups, classes = (32, 64, 96), \
+        (plain, attends, attends), 1, 8, 11
     else: side, widths, kinds, blocks, groups = 16, (8, 16), (plain, attends), 1, 4
     return UNet2DModel(
         sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=blocks,
