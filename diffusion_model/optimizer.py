@@ -8,6 +8,7 @@ __all__ = ['LR_SCHEDULES', 'QUINTIC', 'OPTIMIZERS', 'parameter_groups', 'learnin
 
 # %% ../nbs/25_optimizer.ipynb #7fe99615
 import math
+from collections.abc import Callable
 
 import torch
 from fastcore.basics import patch
@@ -123,7 +124,7 @@ class Muon(torch.optim.AdamW):
         self.momentum, self._step_supports_amp_scaling = momentum, False
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         groups, rest = self.param_groups, [g for g in self.param_groups if not g["whole"]]
         self.param_groups = rest
         try: loss = super().step(closure)
