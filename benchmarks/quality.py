@@ -24,6 +24,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
 
 EYES = ("fmnist-a", "fmnist-b")
 CLASSES, SIZE = 10, 32
@@ -80,10 +83,11 @@ def ours(root: str, seconds: float, samples: int, change: dict, out: Path) -> tu
     return torch.cat([d.images for d in drawn]), facts
 
 
-class Peer:
-    "What a peer's variant needs of its library: a network, a loss for a batch, and a way to draw."
-    def __init__(self, network, loss, draw, side: int):
-        self.network, self.loss, self.draw, self.side = network, loss, draw, side
+class Peer(NamedTuple):
+    "What a peer's variant needs of its library."
+    network: Callable
+    loss: Callable  # (images in [-1, 1], labels) -> a number
+    draw: Callable  # labels -> images in [-1, 1]
 
 
 def training_images(root: str, side: int) -> tuple:
@@ -169,7 +173,7 @@ def their_diffusers(schedule: str, predicts: str, solver: str, steps: int, width
             for t in solve.timesteps:
                 x = solve.step(network(x, t, y).sample.float(), t, x).prev_sample
             return x
-        return Peer(network, loss, draw, SIZE)
+        return Peer(network, loss, draw)
     return make
 
 
@@ -192,7 +196,7 @@ def their_smalldiffusion(width: int, labels: bool):
             *_, x = samples(network, schedule.sample_sigmas(20), gam=1.6, batchsize=len(y),
                             cond=y if labels else None)
             return x
-        return Peer(network, loss, draw, 28)
+        return Peer(network, loss, draw)
     return make
 
 
@@ -206,14 +210,14 @@ def their_denoising_diffusion_pytorch(best: bool):
             noises = GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
                                        sampling_timesteps=50)
             return Peer(network, lambda x, y: noises((x + 1)/2),
-                        lambda y: 2*noises.sample(batch_size=len(y)) - 1, SIZE)
+                        lambda y: 2*noises.sample(batch_size=len(y)) - 1)
         network = told.Unet(dim=32, num_classes=CLASSES, dim_mults=(1, 2, 4), channels=1,
                             cond_drop_prob=0.1)
         noises = told.GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
                                         sampling_timesteps=50, objective="pred_v",
                                         ddim_sampling_eta=0.)
         return Peer(network, lambda x, y: noises((x + 1)/2, classes=y),
-                    lambda y: 2*noises.sample(y, cond_scale=1., rescaled_phi=0.) - 1, SIZE)
+                    lambda y: 2*noises.sample(y, cond_scale=1., rescaled_phi=0.) - 1)
     return make
 
 
@@ -314,7 +318,6 @@ def made(name: str, args) -> Path:
 
 def make_one(args) -> None:
     "The work of a variant's process."
-    import numpy as np
     images, facts = variant(args.variant, args)
     here = folder(args.out, args.variant)
     np.save(here/"samples.npy", images.numpy())
@@ -323,7 +326,7 @@ def make_one(args) -> None:
 
 def judged(here: Path, root: str) -> dict[str, dict]:
     "FD through each network, and how many times its floor."
-    side = __import__("numpy").load(here/"samples.npy", mmap_mode="r").shape[-1]
+    side = np.load(here/"samples.npy", mmap_mode="r").shape[-1]
     subprocess.run([sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
                     "import sys; sys.exit(c())", "--samples", str(here/"samples.npy"),
                     "--config", "fashion_mnist", "--data.root", root, "--image_size", str(side),
