@@ -25,17 +25,21 @@ TEXT = """{mark}
 
 ![{alt}](images/models.png)
 
-These models come with the package: {names}. How good are they? FD is the distance from real
-images, seen through two networks, A and B; in brackets **the floor**, which is what other real
-images get. `diffusion-evaluate --checkpoint NAME` measures it; a model's card says the rest.
+These models come with the package:
+
+```sh
+{draw}
+```
+
+How good are they? FD is the distance from real images, seen through two networks, A and B; in
+brackets **the floor**, which is what other real images get.
 
 {quality}
 
-How fast are they? {beside}
+How fast? `make bench` measures other libraries beside ours, [Speed](tutorials/speed.ipynb) each
+lever.
 
 {speed}"""
-BESIDE = ("`make bench` measures training and drawing beside other libraries, "
-          "[Speed](tutorials/speed.ipynb)\neach lever alone.")
 
 
 def cards(root: Path) -> dict[str, dict]:
@@ -80,20 +84,28 @@ def figure(card: dict, metric: str, form: str = ".2f") -> str:
 
 
 def quality(found: dict[str, dict]) -> str:
-    head = "model | FD, A | FD, B | class as asked | precision | recall | size | learned in | by"
+    head = "model | FD, A | FD, B | class right | precision | recall | judged by"
+    count = {name: c["judged"].split()[0].replace(",", "") for name, c in found.items()}
     rows = [[f"`{name}`", distance(c, 0), distance(c, 1), figure(c, "accuracy", ".0%"),
-             figure(c, "precision"), figure(c, "recall"), f"{c['bytes']/1e6:.1f} MB",
-             f"{c['minutes']:.0f} min of {c['device'].removeprefix('cpu, ')}",
-             f"`{c['command']}`"] for name, c in found.items()]
+             figure(c, "precision"), figure(c, "recall"),
+             f"`diffusion-evaluate --checkpoint {name} --num_samples {count[name]}`"]
+            for name, c in found.items()]
     return table(head, rows)
 
 
 # -- how fast
-def drawing(name: str, card: dict) -> list[str]:
-    "The row of a model: 64 images, as its card says."
+def draw(name: str, card: dict) -> str:
+    "The command."
     asked = f" --prompt {shlex.quote(card['prompts'][0])}" if card["prompts"] else ""
-    return [f"64 images of `{name}`", card["drawing"],
-            f"`diffusion-sample --checkpoint {name}{asked}`"]
+    return f"diffusion-sample --checkpoint {name}{asked}"
+
+
+def times(found: dict[str, dict]) -> str:
+    "What each model took, as its card says."
+    rows = [[f"`{name}`", f"{c['bytes']/1e6:.1f} MB", c["drawing"],
+             f"{c['minutes']:.0f} min ({c['device']})", f"`{c['command']}`"]
+            for name, c in found.items()]
+    return table("model | size | 64 images | learned in | by", rows)
 
 
 def ratio(a: dict, b: dict) -> float:
@@ -122,24 +134,23 @@ def record(folder: Path, kind: str) -> tuple[list[list[str]], str]:
     return rows, f"{m['gpu'] or m['cpu']}, {threads}, diffusers {m['versions']['diffusers']}"
 
 
-def speed(found: dict[str, dict], measured: Path) -> tuple[str, str]:
-    "The table, and the sentence before it."
-    rows, places = [drawing(name, card) for name, card in found.items()], []
+def speed(found: dict[str, dict], measured: Path) -> str:
+    "The tables: what the models took, and what was recorded beside diffusers."
+    rows, places = [], []
     for kind in WORK:
         more, where = record(measured, kind)
         rows += more
         if where and where not in places: places.append(where)
-    return table("what | how fast | by", rows), \
-        BESIDE + (f" (Below: {'; '.join(places)}.)" if places else "")
+    if not rows: return times(found)
+    return times(found) + "\n\n" + table(f"on {'; '.join(places)} | how fast | by", rows)
 
 
 def text(root: Path) -> str:
     "The cell."
     found = cards(root)
-    fast, beside = speed(found, root/"benchmarks"/"measured")
     alt = "Pictures that the models drew, a row for each: " + ", ".join(found)
     if read := [name for name, card in found.items() if card["prompts"]]:
         alt += f"; beside those of {', '.join(read)} stands the prompt"
-    names = ", ".join(f"`{name}`" for name in found)
-    return TEXT.format(mark=MARK, alt=alt, names=names, quality=quality(found), beside=beside,
-                       speed=fast)
+    commands = "\n".join(draw(name, card) for name, card in found.items())
+    return TEXT.format(mark=MARK, alt=alt, draw=commands, quality=quality(found),
+                       speed=speed(found, root/"benchmarks"/"measured"))

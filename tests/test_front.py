@@ -15,10 +15,10 @@ from diffusion_model.config import list_models
 FOUND = front.cards(pages.ROOT)
 
 
-def row_of(text, first):
-    "The cells of the one row that begins so."
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
-    return line.strip("| ").split(" | ")
+def rows_of(text, first):
+    "The cells of the rows that begin so."
+    return [line.strip("| ").split(" | ") for line in text.splitlines()
+            if line.startswith(f"| {first} |")]
 
 
 # The page
@@ -31,7 +31,7 @@ def test_one_cell_is_made_of_the_cards():
 @pytest.mark.parametrize("name", list_models())
 def test_the_readme_says_what_the_card_says(name):
     readme, card = (pages.ROOT/"README.md").read_text(), FOUND[name]
-    row = row_of(readme, f"`{name}`")
+    row, took = rows_of(readme, f"`{name}`")
     eyes = [key for key in card["figures"] if key.startswith("fd/")]
     shown = [card["figures"][key] for key in eyes if not key.endswith("/pixels")][:2] or \
         [card["figures"]["fd/pixels"]]
@@ -39,8 +39,8 @@ def test_the_readme_says_what_the_card_says(name):
         value, floor = map(float, re.match(r"([\d.]+) \((-?[\d.e-]+)\)", cell).groups())
         assert value == pytest.approx(found["value"], rel=6e-3)
         assert floor == pytest.approx(found["floor"], rel=6e-2)
-    assert row[-1] == f"`{card['command']}`"
-    assert row_of(readme, f"64 images of `{name}`")[1] == card["drawing"]
+    assert took[2] == card["drawing"] and took[-1] == f"`{card['command']}`"
+    assert f"\n{front.draw(name, card)}\n" in readme
 
 
 def test_the_page_has_every_model():
@@ -52,19 +52,23 @@ FIGURE = {"value": 0.98765, "floor": 0.012345, "better": "lower"}
 CARD = {"figures": {"fd/x-a": FIGURE, "fd/x-b": FIGURE | {"value": 1234.5}, "fd/pixels": FIGURE,
                     "accuracy/x-a": FIGURE | {"value": 0.941, "floor": None}},
         "bytes": 3_170_000, "minutes": 34.6, "device": "cpu, 1 thread", "prompts": [],
-        "command": "diffusion-train --config x", "drawing": "5.5 s of one CPU core"}
+        "command": "diffusion-train --config x", "drawing": "5.5 s of one CPU core",
+        "judged": "2,000 images of seed 0 (ddim, 20 steps, guidance 3) beside 10,000 of test"}
 
 
 def test_figures_beside_their_floors():
-    assert row_of(front.quality({"x": CARD}), "`x`") == [
-        "`x`", "0.988 (0.012)", "1,234 (0.012)", "94%", "–", "–", "3.2 MB", "35 min of 1 thread",
-        "`diffusion-train --config x`"]
+    assert rows_of(front.quality({"x": CARD}), "`x`") == [[
+        "`x`", "0.988 (0.012)", "1,234 (0.012)", "94%", "–", "–",
+        "`diffusion-evaluate --checkpoint x --num_samples 2000`"]]
+    assert rows_of(front.times({"x": CARD}), "`x`") == [[
+        "`x`", "3.2 MB", "5.5 s of one CPU core", "35 min (cpu, 1 thread)",
+        "`diffusion-train --config x`"]]
 
 
 def test_an_eye_that_is_not_a_or_b_is_named():
-    card = CARD | {"figures": {"fd/pixels": FIGURE}, "device": "NVIDIA H200"}
-    assert row_of(front.quality({"x": card}), "`x`")[1:8] == [
-        "0.988 (0.012), pixels", "–", "–", "–", "–", "3.2 MB", "35 min of NVIDIA H200"]
+    card = CARD | {"figures": {"fd/pixels": FIGURE}}
+    assert rows_of(front.quality({"x": card}), "`x`")[0][1:6] == [
+        "0.988 (0.012), pixels", "–", "–", "–", "–"]
 
 
 def test_a_model_that_reads_is_asked_by_its_first_prompt(tmp_path):
@@ -73,8 +77,7 @@ def test_a_model_that_reads_is_asked_by_its_first_prompt(tmp_path):
     said = yaml.safe_dump(CARD | {"prompts": ["a red robot", "a moon"]})
     (folder/"README.md").write_text(f"---\n{said}---\n# x\n")
     text = front.text(tmp_path)
-    assert row_of(text, "64 images of `x`")[2] == \
-        "`diffusion-sample --checkpoint x --prompt 'a red robot'`"
+    assert "```sh\ndiffusion-sample --checkpoint x --prompt 'a red robot'\n```\n" in text
     assert "![Pictures that the models drew, a row for each: x; beside those of x" in text
     assert text.startswith(front.MARK + "\n") and "diffusers" not in text
 
@@ -99,15 +102,18 @@ def test_ratios_are_those_of_the_record(tmp_path):
         "small": {"batch": 64, "rows": lonely}}}))
     (tmp_path/"sample.json").write_text(json.dumps({"machine": machine, "sizes": {
         "cifar, 1": {"batch": 1, "rows": rows[:1] + rows[4:]}}}))
-    table, sentence = front.speed({"x": CARD}, tmp_path)
-    assert [line.strip("| ").split(" | ") for line in table.splitlines()[3:]] == [
+    tables = front.speed({"x": CARD}, tmp_path)
+    own, beside = tables.split("\n\n")
+    assert own == front.times({"x": CARD}) == front.speed({"x": CARD}, tmp_path/"none")
+    head, _, *rows = beside.splitlines()
+    assert head == "| on A processor, 2 threads, diffusers 1.2 | how fast | by |"
+    assert [line.strip("| ").split(" | ") for line in rows] == [
         ["a training step, 16 images, 35.75 M parameters",
          "2.50 × diffusers as shipped, 1.25 × at its best", "`make bench`"],
         ["a training step, 64 images, 1.86 M parameters (the preset with a patch stem)",
          "5.00 × diffusers as shipped", "`make bench`"],
         ["a step of drawing, 1 image, 35.75 M parameters", "2.50 × diffusers as shipped",
          "`make bench`"]]
-    assert sentence == front.BESIDE + " (Below: A processor, 2 threads, diffusers 1.2.)"
 
 
 # The picture
