@@ -39,8 +39,8 @@ def test_shipped_configs(name, tmp_path):
 
 def test_shipped_are_these():
     assert list_configs() == ["autoencoder", "avatars", "cifar10", "default",
-                              "fashion_mnist", "image_folder", "latent", "quickstart",
-                              "super_resolution"]
+                              "fashion_mnist", "image_folder", "latent", "mnist",
+                              "quickstart", "super_resolution"]
 def test_defaults_equal_the_file(): assert load_config("default") == Config()
 
 
