@@ -1,4 +1,4 @@
-"""What does the quick start draw while it learns, with the weights as they are and with their average?
+"""What does the quick start draw while it learns, with raw weights and with averaged ones?
 
 Trains the quick start's config, stops at four steps (the last is the config's), and draws the same
 labels from the same noise twice at each: with the raw weights and with the averaged ones. Makes the
@@ -44,7 +44,7 @@ class Watch(Callback):
         self.steps, self.samples, self.drawn, self.figures = steps, samples, {}, {}
 
     def after_step(self, trainer, metrics):
-        if trainer.step % 50 == 0: print(f"step {trainer.step}: loss {metrics['loss']:.4f}", flush=True)
+        if trainer.step % 50 == 0: print(f"step {trainer.step}  loss {metrics['loss']:.4f}")
         if trainer.step not in self.steps: return
         trainer.objective.eval()
         raw = self.look(trainer, trainer.objective)
@@ -53,7 +53,7 @@ class Watch(Callback):
         self.drawn[trainer.step] = {"raw": raw[0], "averaged": averaged[0]}
         self.figures[trainer.step] = {"rate": metrics["lr"], "raw": raw[1], "averaged": averaged[1],
                                       "apart": far(raw[0], averaged[0]).mean().item()}
-        print(f"step {trainer.step}: {self.figures[trainer.step]}", flush=True)
+        print(f"step {trainer.step}  {self.figures[trainer.step]}")
 
     def look(self, trainer, objective):
         "Samples, the same noise and labels each time; and figures."
@@ -92,8 +92,8 @@ def picture(rows: list, path: Path) -> None:
     "Rows of images, a label before each; None is a gap. A PNG of at most 256 colours."
     import matplotlib.pyplot as plt
     from PIL import Image
-    large = [row and image_grid(row[1].repeat_interleave(ENLARGED, 2).repeat_interleave(ENLARGED, 3),
-                                ncol=len(row[1]), pad=1) for row in rows]
+    def enlarged(x): return x.repeat_interleave(ENLARGED, 2).repeat_interleave(ENLARGED, 3)
+    large = [row and image_grid(enlarged(row[1]), ncol=len(row[1]), pad=1) for row in rows]
     margin, gap = 96, 12
     wide = margin + large[0].shape[1]
     high = top = sum(gap if strip is None else len(strip) for strip in large)
