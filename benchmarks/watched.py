@@ -7,11 +7,11 @@ those that the run has seen) and ema.png (26), and watched.json, whose figures a
 FD (features shapes-a, against as many held-out images; compare only figures of one number of
 samples), how far raw and averaged samples are apart, and how near to training images the last
 samples are, beside held-out images. Distances are the root of the mean squared difference of the
-pixels, in grey levels of 0 to 255. Needs about five minutes of two cores, more than the training.
+pixels, in grey levels of 0 to 255. It takes about five minutes on two cores.
 
     python benchmarks/watched.py                        # all into outputs/watched
     python benchmarks/watched.py --pictures nbs/images  # the lessons' own: `make watched`
-    python benchmarks/watched.py --steps 60             # is it all there? Blurs, in half a minute
+    python benchmarks/watched.py --steps 60             # a trial of a minute, which draws blurs
 """
 import argparse
 import json
@@ -123,11 +123,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.samples < 16: parser.error(f"--samples: found {args.samples}; allowed: 16 or more")
     cfg = load_config("quickstart", {
-        "output_dir": str(args.out), "progress": False, "validation_size": 512,
+        "output_dir": str(args.out), "progress": False, "validation_size": 256,
         **({"max_steps": args.steps} if args.steps else {})})
     steps = [max(1, round(share*cfg.training.max_steps)) for share in SHARES]
     watch = Watch(steps, args.samples)
     trainer = Trainer(cfg, callbacks=[watch]).fit()
+    if trainer.stopped_by: parser.exit(1, f"stopped at step {trainer.step}: no picture is made\n")
     last, folder = watch.drawn[steps[-1]]["averaged"], args.pictures or args.out
     folder.mkdir(parents=True, exist_ok=True)
     close, distances = nearest_seen(trainer, torch.cat([last, held_out(trainer, args.samples)]))
