@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme lab docs browser bench benchmarks latent avatars quality watched classifiers ship clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme gallery lab docs browser bench benchmarks latent avatars quality watched classifiers ship clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -51,7 +51,11 @@ export: $(READY)  ## Write the package, README.md and llms.txt from the notebook
 	$(BIN)/nbdev-clean
 	$(BIN)/python tests/pages.py
 
-readme: $(READY)  ## Write README.md, sidebar and llms.txt from the index page
+readme: $(READY)  ## Write README.md, sidebar and llms.txt from the index page and the models' cards
+	$(BIN)/python tests/pages.py
+
+gallery: $(READY)  ## Draw the first page's picture of the models of the package; then `make readme`
+	$(BIN)/python tests/gallery.py
 	$(BIN)/python tests/pages.py
 
 lab: $(READY)  ## Open the notebooks in Jupyter

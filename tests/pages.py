@@ -1,4 +1,5 @@
-"""What is made from the index page: README.md, the site's sidebar, and llms.txt.
+"""What is made from the index page: README.md, the site's sidebar, and llms.txt; and on that page
+the figures of the first screen (tests/front.py).
 
     python tests/pages.py    # `make export` does it too
 
@@ -9,6 +10,8 @@ import json, re, tomllib
 from pathlib import Path
 
 import yaml
+
+import front
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -23,6 +26,16 @@ def source(cell: dict) -> str: return "".join(cell["source"])
 def urls(root: Path = ROOT) -> dict[str, str]:
     "[project.urls]; empty while the project has no home."
     return tomllib.loads((root/"pyproject.toml").read_text())["project"].get("urls", {})
+
+
+def index(root: Path = ROOT) -> str:
+    "The index page, with the figures that the models' cards give now."
+    path = root/"nbs"/"index.ipynb"
+    book = json.loads(path.read_text())
+    for cell in book["cells"]:
+        if source(cell).startswith(front.MARK):
+            cell["source"] = front.text(root).splitlines(keepends=True)
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
 def readme(root: Path = ROOT) -> str:
@@ -84,7 +97,8 @@ def llms(root: Path = ROOT) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-MADE = {"README.md": readme, "nbs/sidebar.yml": sidebar, "nbs/llms.txt": llms}
+MADE = {"nbs/index.ipynb": index, "README.md": readme, "nbs/sidebar.yml": sidebar,
+        "nbs/llms.txt": llms}
 
 if __name__ == "__main__":
     for file, make in MADE.items(): (ROOT/file).write_text(make())

@@ -258,7 +258,7 @@ def test_every_planted_mistake_is_found():
 @pytest.mark.parametrize("file", pages.MADE)
 def test_made_from_the_index(file):
     same = (ROOT/file).read_text() == pages.MADE[file]()
-    assert same, f"{file} is not what nbs/index.ipynb says: run `make export`"
+    assert same, f"{file} is not what nbs/index.ipynb and the cards say: `make readme`"
 
 
 def test_llms_lists_every_page():

@@ -23,7 +23,8 @@ from diffusion_model.training import Trainer
 SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",
          "channel_multipliers": "[1]", "num_res_blocks": 1, "image_size": 8, "batch_size": 6,
          "max_steps": 40, "train_size": 90, "device": "cpu", "horizontal_flip": "true",
-         "dropout": 0.1, "progress": "false", "warmup_steps": 5}
+         "dropout": 0.1, "progress": "false", "warmup_steps": 5,
+         "optimizer": "adamw", "learning_rate": 2e-3}
 
 
 def small(folder, **change):

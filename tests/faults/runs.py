@@ -13,7 +13,8 @@ SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]",
          "channel_multipliers": "[1]", "num_res_blocks": 1, "image_size": 8, "batch_size": 6,
          "max_steps": 40, "train_size": 90, "validation_size": 6, "test_size": 6, "device": "cpu",
          "horizontal_flip": "true", "dropout": 0.1, "warmup_steps": 5, "checkpoint_every": 5,
-         "log_every": 1, "num_samples": 4, "steps": 2, "progress": "false"}
+         "log_every": 1, "num_samples": 4, "steps": 2, "progress": "false",
+         "optimizer": "adamw", "learning_rate": 2e-3}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
                             "PYTHONWARNINGS": "default"}
 

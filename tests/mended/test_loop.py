@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {"base_channels": 8, "norm_groups": 4, "attention_resolutions": "[]", "steps": 2,
          "channel_multipliers": "[1]", "num_res_blocks": 1, "image_size": 8, "batch_size": 6,
          "max_steps": 6, "train_size": 90, "validation_size": 12, "device": "cpu", "dropout": 0.1,
-         "progress": "false", "warmup_steps": 5, "num_samples": 4, "log_every": 1}
+         "progress": "false", "warmup_steps": 5, "num_samples": 4, "log_every": 1,
+         "optimizer": "adamw", "learning_rate": 2e-3}
 
 
 def small(folder, **change):
