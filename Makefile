@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 ARGS   ?=
 
-.PHONY: help setup train test lint notebooks pytest faults mutants export readme gallery lab docs browser bench benchmarks latent avatars quality classifiers ship clean
+.PHONY: help setup train test lint notebooks pytest faults mutants export readme gallery lab docs browser bench benchmarks latent avatars quality watched classifiers ship clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -90,6 +90,9 @@ latent: $(READY)  ## Measure pixels against latents at equal time (over an hour;
 
 quality: $(READY)  ## Ten minutes of one core on Fashion-MNIST: FD (ARGS='--root DIR --peers', two hours)
 	$(BIN)/python benchmarks/quality.py --out outputs/quality $(ARGS)
+
+watched: $(READY)  ## Make the pictures of lessons 26 and 31 anew: the quick start, watched (5 minutes)
+	$(BIN)/python benchmarks/watched.py --pictures nbs/images $(ARGS)
 
 avatars: $(READY)  ## Judge a model of avatars by prompts it has never seen (minutes; ARGS='outputs/avatars')
 	$(BIN)/python benchmarks/avatars.py $(ARGS)
