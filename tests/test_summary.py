@@ -165,7 +165,7 @@ def peak_bytes(f):
                                        (16, {"patch_size": 2, "num_classes": 4})])
 def test_the_memory_of_a_step(n, change):
     "At most a fifth too much (gradients come while activations go), a tenth too little."
-    training = load_config("quickstart").training
+    training = load_config("default").training  # Adam: two numbers for each weight
     s = summary(unet(**change), (3, 16, 16), n)
 
     def train():

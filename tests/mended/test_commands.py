@@ -225,10 +225,11 @@ def test_a_run_without_its_config(run, command, damage, word):
 @pytest.mark.mended(18)
 def test_a_checkpoint_names_its_own_settings_first(run, command):
     text = (run/"config.yaml").read_text()
-    (run/"config.yaml").write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.5"))
+    assert "learning_rate: 0.004" in text
+    (run/"config.yaml").write_text(text.replace("learning_rate: 0.004", "learning_rate: 0.5"))
     args = cli.train_parser().parse_args(["--resume", str(run/"checkpoints"/"step_00000004")])
     cfg, path = cli._train_config(args, [])
-    assert cfg.training.learning_rate == 0.002 and path == run/"checkpoints"/"step_00000004"
+    assert cfg.training.learning_rate == 0.004 and path == run/"checkpoints"/"step_00000004"
     args = cli.train_parser().parse_args(["--resume", str(run)])
     assert cli._train_config(args, [])[0].training.learning_rate == 0.5
 
