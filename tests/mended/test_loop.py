@@ -104,7 +104,8 @@ def test_a_device_without_float64_trains_validates_draws_and_resumes(tmp_path, m
 
 @pytest.mark.mended(11)
 def test_a_step_waits_for_its_device_once(tmp_path, mps):
-    trainer = Trainer(small(tmp_path, device="mps", max_grad_norm=100), callbacks=[])  # none is clipped
+    none_is_clipped = small(tmp_path, device="mps", max_grad_norm=100)
+    trainer = Trainer(none_is_clipped, callbacks=[])
     trainer.train_step(trainer.loader.at(0))
     batch = trainer.loader.at(1)
     mps.clear()
