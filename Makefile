@@ -11,7 +11,7 @@ ARGS   ?=
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## Make .venv and install the package with its extras (quick the second time)
 
@@ -104,4 +104,4 @@ ship: $(READY)  ## Make a model of the package of a run (ARGS='RUN NAME --about 
 	$(BIN)/python tests/ship.py $(ARGS)
 
 clean:  ## Remove what builds and tests leave behind (not .venv, not your runs)
-	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .ruff_cache .hypothesis

@@ -7,11 +7,12 @@ and counts how many have the style, the colour and the feature that the prompt n
 
     python benchmarks/avatars.py [RUN] [--steps 500]        default: outputs/avatars
 
+RUN may also be the name of a model that comes with the package: avatars.
+
 A few minutes on one core. Without a run it says how good the classifier is, and ends.
 """
 import argparse
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffusion_model.avatars import PAINTS, STYLES, draw_avatars, looks
+from diffusion_model.config import find_model
 from diffusion_model.dataset import sample_indices
 from diffusion_model.generation import generate, load_denoiser
 from diffusion_model.transforms import to_float
@@ -27,6 +29,10 @@ from diffusion_model.transforms import to_float
 FEATURES = [f for style in STYLES.values() for f in style.features]
 NAMES = "style", "colour", "feature"
 SIZES = len(STYLES), len(PAINTS), len(FEATURES)
+DRAWN, JUDGED = 7680, 256  # images that the classifier learns from; that are judged
+
+
+def in_turn(among: list, n: int) -> list: return [among[i % len(among)] for i in range(n)]
 
 
 def answers(shown: list) -> Tensor:  # int64 (N, 3)
@@ -76,27 +82,25 @@ def shares(found: Tensor, right: Tensor) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", type=Path, default=Path("outputs/avatars"))
+    parser.add_argument("run", nargs="?", type=Path, default=Path("outputs/avatars"),
+                        help="a run, or a shipped model's name")
     parser.add_argument("--steps", type=int, default=500, help="of the classifier; default 500")
-    parser.add_argument("--drawn", type=int, default=7680, help="images that it learns from")
-    parser.add_argument("--verbose", action="store_true", help="which features it takes for others")
-    parser.add_argument("--images", type=int, default=256, help="that are judged; default 256")
     args = parser.parse_args(argv)
-    denoiser = load_denoiser(args.run) if args.run.exists() else None
+    denoiser = load_denoiser(args.run) if find_model(args.run).exists() else None
+    if denoiser and not denoiser.vocabulary: parser.error(
+        f"{args.run}: was trained without captions; choose a run of --config avatars")
     size = denoiser.config.data.image_size if denoiser else 32
     unseen = looks(unseen=True)
     every, start = looks() + unseen, time.perf_counter()
-    images = draw_avatars(1, torch.arange(args.drawn), size, every)
-    net = classifier(images, answers(every*(args.drawn//len(every) + 1))[:args.drawn], args.steps)
+    images = draw_avatars(1, torch.arange(DRAWN), size, every)
+    net = classifier(images, answers(in_turn(every, DRAWN)), args.steps)
     print(f"a classifier, trained for {time.perf_counter() - start:.0f} s, is right in the")
     for what, among in (("all looks", every), ("those alone that runs never learn from", unseen)):
         found = seen_in(net, draw_avatars(2, torch.arange(5*len(every)), size, among))
-        right = answers(among*(5*len(every)//len(among)))
+        right = answers(in_turn(among, len(found)))
         print(f"  {shares(found, right)} of {len(right):,} new images of {what}")
-        if args.verbose: print(*(f"    {f}: {n}" for f, n in Counter(
-            FEATURES[k] for k in right[found[:, 2] != right[:, 2], 2].tolist()).items()), sep="\n")
     if denoiser is None: return print(f"no run in {args.run}: diffusion-train --config avatars")
-    asked = [unseen[i % len(unseen)] for i in range(args.images)]
+    asked = in_turn(unseen, JUDGED)
     length = denoiser.config.data.caption_length
     words = torch.tensor([denoiser.vocabulary.encode(k.caption(), length) for k in asked])
     start = time.perf_counter()

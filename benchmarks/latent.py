@@ -18,10 +18,10 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from judge import judge
 
 from diffusion_model.callbacks import DECIDES, Callback, Log, SaveCheckpoints
 from diffusion_model.config import load_config
@@ -84,17 +84,11 @@ def train(part: str, data: str, seconds: float, out: Path) -> dict:
     return found
 
 
-def judge(part: str, data: str, samples: int, out: Path) -> dict:
+def judged(part: str, data: str, samples: int, out: Path) -> dict:
     "FD through each network, and how many times its floor."
-    command = [sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
-               "import sys; sys.exit(c())", "--checkpoint", str(out/part), "--num_samples",
-               str(samples), "--steps", "10", "--metrics", "fd", "--features",
-               ",".join(EYES.get(data, OTHER_EYES)), "--output_dir", str(out/part/"judged")]
-    if data != "shapes": command += ["--reference", "train"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((out/part/"judged"/"report.json").read_text())
-    return {line["eye"].split("@")[0]: {"fd": line["value"], "ratio": line["ratio"]}
-            for line in report["results"] if line["metric"] == "fd"}
+    among = [] if data == "shapes" else ["--reference", "train"]
+    return judge(out/part, EYES.get(data, OTHER_EYES), "--checkpoint", str(out/part),
+                 "--num_samples", str(samples), "--steps", "10", *among)
 
 
 def cost(data: str, out: Path, rounds: int = 5) -> dict:
@@ -146,7 +140,7 @@ def main(argv=None):
         elif part == "cost": note(part, cost(args.data, args.out))
         else:
             for model in ("latent", "pixels"):
-                note(f"FD, {model}", judge(model, args.data, args.samples, args.out))
+                note(f"FD, {model}", judged(model, args.data, args.samples, args.out))
 
 
 if __name__ == "__main__": main()

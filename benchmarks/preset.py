@@ -11,11 +11,11 @@ About ten minutes on two cores. Runs go to a new folder here, and are deleted.
 """
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from judge import judge
 
 from diffusion_model.config import load_config
 from diffusion_model.training import Trainer
@@ -36,18 +36,6 @@ def train(folder: Path, steps: int, **change) -> tuple[Path, float, int]:
     return folder, (time.perf_counter() - begin)/steps, size
 
 
-def judge(run: Path, samples: int) -> dict[str, float]:
-    "FD through each network, and its floor."
-    subprocess.run([sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
-                    "import sys; sys.exit(c())", "--checkpoint", str(run), "--num_samples",
-                    str(samples), "--metrics", "fd", "--features", ",".join(EYES),
-                    "--output_dir", str(run/"judged")],
-                   check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((run/"judged"/"report.json").read_text())
-    return {line["eye"].split("@")[0]: (line["value"], line["ratio"])
-            for line in report["results"] if line["metric"] == "fd"}
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="of the preset; default 400")
@@ -59,7 +47,9 @@ def main(argv=None):
         def run(name: str, steps: int, **change):
             made, pace, size = train(Path(folder)/name.replace(" ", "_"), steps, **change)
             rows.append({"network": name, "parameters": size, "steps": steps,
-                         "seconds": pace*steps, "fd": judge(made, args.samples)})
+                         "seconds": pace*steps, "fd": judge(
+                             made, EYES, "--checkpoint", str(made), "--num_samples",
+                             str(args.samples))})
             say(rows[-1])
             return pace
         stem = run("patch stem", args.steps)
@@ -69,8 +59,8 @@ def main(argv=None):
 
 
 def say(row: dict) -> None:
-    fd = "; ".join(f"FD {name} {value:.2f} ({ratio:.0f} × floor)"
-                   for name, (value, ratio) in row["fd"].items())
+    fd = "; ".join(f"FD {name} {found['fd']:.2f} ({found['ratio']:.0f} × floor)"
+                   for name, found in row["fd"].items())
     print(f"{row['network']:<22}{row['parameters']/1e6:.2f} M {row['steps']:>5} steps "
           f"{row['seconds']:>5.0f} s   {fd}", flush=True)
 

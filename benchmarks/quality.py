@@ -9,24 +9,29 @@ One command each:
     python benchmarks/quality.py --root DATA --out DIR --peers          # and other libraries
     python benchmarks/quality.py --root DATA --out DIR --study          # what paid, one change each
 
-Peers are given their data from memory, flipped at random; no loader of theirs costs them time. Of
-each there are two: as its makers ship it (its script's or its defaults' network, loss, rate and
-solver), and the best we found for it in this time: a smaller network, labels, a falling rate, an
-average that fits the length, bfloat16. Nothing of theirs that only costs is kept (no logging).
+Peers are given their data from memory; no loader of theirs costs them time. Of each there are two:
+as its makers ship it (its script's or its defaults' network, loss, rate and solver; images flipped
+at random), and the best we found for it in this time: a smaller network, labels, guidance, no
+flips, a falling rate, an average that fits the length, bfloat16. Nothing of theirs that only costs
+is kept (no logging).
 
 A variant takes the seconds that it trains and some minutes to draw; --only names some of them, and
-what lies in DIR already is judged again and not trained again.
+what lies in DIR already is judged again, and not made again.
 """
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from judge import judge
 
 EYES = ("fmnist-a", "fmnist-b")
 CLASSES, SIZE = 10, 32
@@ -48,34 +53,34 @@ def ours(root: str, seconds: float, samples: int, change: dict, out: Path) -> tu
     import torch
 
     from diffusion_model.checkpoint import wait_for_checkpoints
-    from diffusion_model.config import load_config
+    from diffusion_model.config import change_config, load_config
     from diffusion_model.dataset import create_dataset
     from diffusion_model.generation import generate, load_denoiser
     from diffusion_model.training import Trainer
     fields = {"data.root": root, "logging.progress": False, "output_dir": str(out)} | change
     cfg = load_config("fashion_mnist", fields)
     if not (out/"facts.json").exists():
+        shutil.rmtree(out/"checkpoints", ignore_errors=True)  # of a run that was killed
         clock, data = Clock(seconds), create_dataset(cfg.data)
 
-        def trainer(steps):
-            cfg = load_config("fashion_mnist", fields | {"max_steps": steps})
-            made = Trainer(cfg, data, callbacks=[])
-            made.check_precision()
-            made.objective.train()
-            return made, iter(made.loader)
+        def begun(steps):
+            trainer = Trainer(change_config(cfg, {"max_steps": steps}), data, callbacks=[])
+            trainer.check_precision()
+            trainer.objective.train()
+            return trainer, iter(trainer.loader)
 
-        made, batches = trainer(30)  # how long does a step take? What this costs is counted
-        for _ in range(5): made.train_step(next(batches))
+        trainer, batches = begun(30)  # how long does a step take? What this costs is counted
+        for _ in range(5): trainer.train_step(next(batches))
         begin = time.process_time()
-        for _ in range(10): made.train_step(next(batches))
+        for _ in range(10): trainer.train_step(next(batches))
         pace = (time.process_time() - begin)/10
-        made, batches = trainer(max(1, round((1 - clock.used())*seconds/pace)))
-        while made.step < made.cfg.training.max_steps and clock.used() < 1:
-            made.train_step(next(batches))
-        facts = {"steps": made.step, "batch": cfg.training.batch_size,
+        trainer, batches = begun(max(1, round((1 - clock.used())*seconds/pace)))
+        while trainer.step < trainer.cfg.training.max_steps and clock.used() < 1:
+            trainer.train_step(next(batches))
+        facts = {"steps": trainer.step, "batch": cfg.training.batch_size,
                  "seconds": clock.used()*seconds,
-                 "parameters": sum(p.numel() for p in made.objective.parameters())}
-        made.save()
+                 "parameters": sum(p.numel() for p in trainer.objective.parameters())}
+        trainer.save()
         wait_for_checkpoints()
     else: facts = json.loads((out/"facts.json").read_text())  # drawn otherwise, from what is there
     drawn = generate(load_denoiser(out), samples, torch.arange(samples) % CLASSES, seed=1,
@@ -87,42 +92,44 @@ class Peer(NamedTuple):
     "What a peer's variant needs of its library."
     network: Callable
     loss: Callable  # (images in [-1, 1], labels) -> a number
-    draw: Callable  # labels -> images in [-1, 1]
+    draw: Callable  # (labels, scale of the guidance) -> images in [-1, 1]
 
 
 def training_images(root: str, side: int) -> tuple:
     "All training images in [-1, 1], (N, 1, side, side), and their labels."
     import torch
 
-    from diffusion_model.config import load_config
+    from diffusion_model.config import load_data_config
     from diffusion_model.dataset import create_dataset
-    train = create_dataset(load_config("fashion_mnist", {
-        "data.root": root, "image_size": side, "horizontal_flip": False,
-        "model.pad": True}).data).train
+    train = create_dataset(load_data_config("fashion_mnist", {"root": root, "image_size": side})
+                           ).train
     found = [train.batch(at, at)[:2] for at in torch.arange(len(train)).split(2000)]
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
 
 def peer(root: str, seconds: float, samples: int, make, batch: int, lr: float, rate=constant,
          warmup: int = 0, average=lambda n: 0.99, low: bool = False, betas=(0.9, 0.999),
-         decay: float = 0.01) -> tuple:
+         decay: float = 0.01, flip: bool = True, side: int = SIZE, guidance: float = 1.) -> tuple:
     "Train what `make` gives. `average`: decay of the average, of the step; `low`: bfloat16."
     import torch
+
+    from diffusion_model.pixels import to_uint8
     torch.manual_seed(0)
-    images, labels = training_images(root, make.side)
-    clock, made = Clock(seconds), make()
+    images, labels = training_images(root, side)
+    clock, theirs = Clock(seconds), make()
     layout = torch.channels_last if low else torch.contiguous_format
-    network, steps = made.network.train().to(memory_format=layout), 0
+    network, steps = theirs.network.train().to(memory_format=layout), 0
     mean = torch.optim.swa_utils.AveragedModel(
         network, avg_fn=lambda old, new, n: old.lerp(new, 1 - average(n)), use_buffers=True)
     adam = torch.optim.AdamW(network.parameters(), lr, betas, weight_decay=decay)
     while clock.used() < 1:
         at = torch.randint(len(images), (batch,))
-        x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[at].flip(3), images[at])
+        x = images[at]
+        if flip: x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(3), x)
         for group in adam.param_groups:
             group["lr"] = lr*min(1, (steps + 1)/max(1, warmup))*rate(clock.used())
         adam.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=low): loss = made.loss(x, labels[at])
+        with torch.autocast("cpu", torch.bfloat16, enabled=low): loss = theirs.loss(x, labels[at])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.)
         adam.step()
@@ -131,126 +138,118 @@ def peer(root: str, seconds: float, samples: int, make, batch: int, lr: float, r
     trained = clock.used()*seconds
     network.load_state_dict(mean.module.state_dict())
     network.eval()
-    drawn, asked = [], torch.arange(samples) % CLASSES
+    asked = torch.arange(samples) % CLASSES
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-        for y in asked.split(100): drawn.append(made.draw(y).float().cpu())
-    bytes = (torch.cat(drawn).clamp(-1, 1)*127.5 + 127.5).round().to(torch.uint8)
-    return bytes, {"steps": steps, "batch": batch, "seconds": trained,
-                   "parameters": sum(p.numel() for p in network.parameters())}
+        drawn = torch.cat([theirs.draw(y, guidance).float() for y in asked.split(100)])
+    return to_uint8(drawn), {"steps": steps, "batch": batch, "seconds": trained,
+                             "parameters": sum(p.numel() for p in network.parameters())}
 
 
-def of_side(side: int):
-    "Marks what makes a peer with the side of its images."
-    def marked(make):
-        make.side = side
-        return make
-    return marked
+def their_diffusers(schedule: str, predicts: str, solver: str, steps: int, null: bool) -> Peer:
+    "`null`: is one label in ten hidden, as guidance needs it?"
+    import diffusers
+    import torch
+    import torch.nn.functional as F
+    network = diffusers.UNet2DModel(
+        sample_size=SIZE, in_channels=1, out_channels=1, layers_per_block=1,
+        block_out_channels=(32, 64, 64), norm_num_groups=8, num_class_embeds=CLASSES + null,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
+    noises = diffusers.DDPMScheduler(1000, beta_schedule=schedule, prediction_type=predicts)
+
+    def loss(x, y):
+        if null: y = torch.where(torch.rand(len(y)) < 0.1, CLASSES, y)
+        noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
+        sought = noise if predicts == "epsilon" else noises.get_velocity(x, noise, t)
+        return F.mse_loss(network(noises.add_noise(x, noise, t), t, y).sample.float(), sought)
+
+    def answer(x, t, y, guidance):
+        told = network(x, t, y).sample.float()
+        if guidance == 1: return told
+        untold = network(x, t, torch.full_like(y, CLASSES)).sample.float()
+        return untold + guidance*(told - untold)
+
+    def draw(y, guidance):
+        more = {"clip_sample": True} if solver == "DDIMScheduler" else {}
+        solve = getattr(diffusers, solver).from_config(noises.config, **more)
+        solve.set_timesteps(steps)
+        x = torch.randn(len(y), 1, SIZE, SIZE)
+        for t in solve.timesteps: x = solve.step(answer(x, t, y, guidance), t, x).prev_sample
+        return x
+    return Peer(network, loss, draw)
 
 
-def their_diffusers(schedule: str, predicts: str, solver: str, steps: int, widths: tuple):
-    @of_side(32)
-    def make() -> Peer:
-        import diffusers
-        import torch
-        import torch.nn.functional as F
-        network = diffusers.UNet2DModel(
-            sample_size=SIZE, in_channels=1, out_channels=1, layers_per_block=1,
-            block_out_channels=widths, norm_num_groups=8, num_class_embeds=CLASSES,
-            down_block_types=("DownBlock2D",)*(len(widths) - 1) + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",)*(len(widths) - 1))
-        noises = diffusers.DDPMScheduler(1000, beta_schedule=schedule, prediction_type=predicts)
+def their_smalldiffusion(width: int, labels: bool) -> Peer:
+    from smalldiffusion import Scaled, ScheduleLogLinear, Unet, samples
+    from smalldiffusion.diffusion import generate_train_sample
+    from smalldiffusion.model import CondEmbedderLabel
+    told = {"cond_embed": CondEmbedderLabel(4*width, CLASSES)} if labels else {}
+    network = Scaled(Unet)(28, 1, 1, ch=width, ch_mult=(1, 1, 2), attn_resolutions=(14,), **told)
+    schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
 
-        def loss(x, y):
-            noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
-            sought = noise if predicts == "epsilon" else noises.get_velocity(x, noise, t)
-            return F.mse_loss(network(noises.add_noise(x, noise, t), t, y).sample.float(), sought)
+    def loss(x, y):
+        x0, sigma, noise, cond = generate_train_sample((x, y), schedule, conditional=True)
+        return network.get_loss(x0, sigma, noise, cond=cond if labels else None)
 
-        def draw(y):
-            more = {"clip_sample": True} if solver == "DDIMScheduler" else {}
-            solve = getattr(diffusers, solver).from_config(noises.config, **more)
-            solve.set_timesteps(steps)
-            x = torch.randn(len(y), 1, SIZE, SIZE)
-            for t in solve.timesteps:
-                x = solve.step(network(x, t, y).sample.float(), t, x).prev_sample
-            return x
-        return Peer(network, loss, draw)
-    return make
+    def draw(y, guidance):
+        *_, x = samples(network, schedule.sample_sigmas(20), gam=1.6, batchsize=len(y),
+                        cfg_scale=guidance - 1, cond=y if labels else None)
+        return x
+    return Peer(network, loss, draw)
 
 
-def their_smalldiffusion(width: int, labels: bool):
-    @of_side(28)
-    def make() -> Peer:
-        from smalldiffusion import Scaled, ScheduleLogLinear, Unet, samples
-        from smalldiffusion.diffusion import generate_train_sample
-        from smalldiffusion.model import CondEmbedderLabel
-        told = {"cond_embed": CondEmbedderLabel(4*width, CLASSES)} if labels else {}
-        network = Scaled(Unet)(28, 1, 1, ch=width, ch_mult=(1, 1, 2), attn_resolutions=(14,),
-                               **told)
-        schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
-
-        def loss(x, y):
-            x0, sigma, noise, cond = generate_train_sample((x, y), schedule, conditional=True)
-            return network.get_loss(x0, sigma, noise, cond=cond if labels else None)
-
-        def draw(y):
-            *_, x = samples(network, schedule.sample_sigmas(20), gam=1.6, batchsize=len(y),
-                            cond=y if labels else None)
-            return x
-        return Peer(network, loss, draw)
-    return make
+def their_denoising_diffusion_pytorch() -> Peer:
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
+    noises = GaussianDiffusion(network, image_size=SIZE, timesteps=1000, sampling_timesteps=25)
+    return Peer(network, lambda x, y: noises((x + 1)/2),
+                lambda y, guidance: 2*noises.sample(batch_size=len(y)) - 1)
 
 
-def their_denoising_diffusion_pytorch(best: bool):
-    @of_side(32)
-    def make() -> Peer:
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-        from denoising_diffusion_pytorch import classifier_free_guidance as told
-        if not best:
-            network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
-            noises = GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
-                                       sampling_timesteps=50)
-            return Peer(network, lambda x, y: noises((x + 1)/2),
-                        lambda y: 2*noises.sample(batch_size=len(y)) - 1)
-        network = told.Unet(dim=32, num_classes=CLASSES, dim_mults=(1, 2, 4), channels=1,
-                            cond_drop_prob=0.1)
-        noises = told.GaussianDiffusion(network, image_size=SIZE, timesteps=1000,
-                                        sampling_timesteps=50, objective="pred_v",
-                                        ddim_sampling_eta=0.)
-        return Peer(network, lambda x, y: noises((x + 1)/2, classes=y),
-                    lambda y: 2*noises.sample(y, cond_scale=1., rescaled_phi=0.) - 1)
-    return make
+def their_guided_diffusion() -> Peer:
+    "denoising-diffusion-pytorch with labels."
+    from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+    network = Unet(dim=32, num_classes=CLASSES, dim_mults=(1, 2, 4), channels=1,
+                   cond_drop_prob=0.1)
+    noises = GaussianDiffusion(network, image_size=SIZE, timesteps=1000, sampling_timesteps=25,
+                               objective="pred_v", ddim_sampling_eta=0.)
+
+    def draw(y, guidance): return 2*noises.sample(y, cond_scale=guidance, rescaled_phi=0.) - 1
+    return Peer(network, lambda x, y: noises((x + 1)/2, classes=y), draw)
 
 
 def growing(most: float): return lambda n: min(most, (1 + n)/(10 + n))
 
 
 DIFFUSERS = dict(batch=64, lr=1e-4, rate=cosine, warmup=50, betas=(0.95, 0.999), decay=1e-6)
-BEST = dict(batch=32, lr=1e-3, rate=cosine, warmup=50, low=True)
+BEST = dict(batch=32, lr=1e-3, rate=cosine, warmup=50, low=True, flip=False, guidance=2.)
 PEERS = {  # name -> (what makes it, how it is trained)
-    "diffusers, its recipe": (their_diffusers(
-        "linear", "epsilon", "DDIMScheduler", 50, (32, 64, 64)),
+    "diffusers, its recipe": (
+        partial(their_diffusers, "linear", "epsilon", "DDIMScheduler", 50, False),
         DIFFUSERS | dict(average=lambda n: min(0.9999, max(0., 1 - (1 + n)**-0.75)))),
-    "diffusers, its best": (their_diffusers(
-        "squaredcos_cap_v2", "v_prediction", "DPMSolverMultistepScheduler", 20, (32, 64, 64)),
-        BEST),
-    "smalldiffusion, its script": (their_smalldiffusion(64, False),
-                                   dict(batch=64, lr=7e-4, average=growing(0.999))),
-    "smalldiffusion, its best": (their_smalldiffusion(32, True), BEST),
-    "denoising-diffusion-pytorch, its defaults": (their_denoising_diffusion_pytorch(False), dict(
+    "diffusers, its best": (
+        partial(their_diffusers, "squaredcos_cap_v2", "v_prediction",
+                "DPMSolverMultistepScheduler", 20, True), BEST),
+    "smalldiffusion, its script": (
+        partial(their_smalldiffusion, 64, False),
+        dict(batch=64, lr=7e-4, average=growing(0.999), side=28)),
+    "smalldiffusion, its best": (partial(their_smalldiffusion, 32, True), BEST | dict(side=28)),
+    "denoising-diffusion-pytorch, its defaults": (their_denoising_diffusion_pytorch, dict(
         batch=32, lr=8e-5, betas=(0.9, 0.99), average=growing(0.995))),
-    "denoising-diffusion-pytorch, its best": (their_denoising_diffusion_pytorch(True), BEST),
+    "denoising-diffusion-pytorch, its best": (their_guided_diffusion, BEST),
 }
 
 OURS = "the shipped config"
 STUDY = {  # name -> what is changed of the shipped config, one choice each
-    "prediction: the velocity": {"diffusion.prediction": "flow"},
-    "prediction: the noise": {"diffusion.prediction": "eps", "diffusion.schedule": "cosine"},
-    "prediction: EDM's": {"diffusion.prediction": "edm"},
+    "prediction: the velocity": {"diffusion.prediction": "flow",
+                                 "diffusion.loss_weighting": "uniform"},
+    "prediction: the noise": {"diffusion.prediction": "eps", "diffusion.schedule": "cosine",
+                              "diffusion.loss_weighting": "uniform"},
+    "prediction: EDM's": {"diffusion.prediction": "edm", "diffusion.loss_weighting": "edm"},
     "schedule: cosine": {"diffusion.schedule": "cosine"},
-    "weighting: min-SNR": {"diffusion.loss_weighting": "min_snr"},
+    "weighting: none": {"diffusion.loss_weighting": "uniform"},
     "times: logit-normal": {"diffusion.timestep_sampling": "logit_normal"},
-    "stem: patches of 4": {"model.patch_size": 4, "model.channel_multipliers": [3, 4],
-                           "model.attention_resolutions": [8, 4]},
+    "stem: patches of 4": {"model.patch_size": 4, "model.channel_multipliers": [3, 4]},
     "stem: none": {"model.patch_size": 1, "model.channel_multipliers": [1, 1, 2, 3]},
     "network: a transformer": {
         "model.name": "dit", "model.patch_size": 4, "model.width": 192, "model.depth": 6,
@@ -304,11 +303,22 @@ def folder(out: Path, name: str) -> Path:
     return out/"".join(c if c.isalnum() else "_" for c in name)
 
 
+def asked(name: str, args) -> list:
+    "What a variant's samples depend on, apart from this file."
+    from diffusion_model.config import load_config
+    fields = {} if name in PEERS else load_config("fashion_mnist", STUDY.get(name)).model_dump()
+    return json.loads(json.dumps([args.seconds, args.samples, fields]))
+
+
 def made(name: str, args) -> Path:
-    "Where a variant's samples lie; it is trained if they are not there."
+    "Where a variant's samples lie; they are made if they are not there."
     here = folder(args.out, name)
     if only_drawn(name): made(OURS, args)
-    if not (here/"facts.json").exists():
+    if (here/"facts.json").exists():
+        if json.loads((here/"facts.json").read_text())["asked"] != asked(name, args): sys.exit(
+            f"{here}: was made with other --seconds or --samples, or with another config; remove "
+            "it, or choose another --out")
+    else:
         here.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, __file__, "--root", args.root, "--out", str(args.out),
                         "--seconds", str(args.seconds), "--samples", str(args.samples),
@@ -321,20 +331,14 @@ def make_one(args) -> None:
     images, facts = variant(args.variant, args)
     here = folder(args.out, args.variant)
     np.save(here/"samples.npy", images.numpy())
-    (here/"facts.json").write_text(json.dumps(facts))
+    (here/"facts.json").write_text(json.dumps(facts | {"asked": asked(args.variant, args)}))
 
 
 def judged(here: Path, root: str) -> dict[str, dict]:
     "FD through each network, and how many times its floor."
     side = np.load(here/"samples.npy", mmap_mode="r").shape[-1]
-    subprocess.run([sys.executable, "-c", "from diffusion_model.cli import evaluate_command as c; "
-                    "import sys; sys.exit(c())", "--samples", str(here/"samples.npy"),
-                    "--config", "fashion_mnist", "--data.root", root, "--image_size", str(side),
-                    "--metrics", "fd", "--features", ",".join(EYES),
-                    "--output_dir", str(here/"judged")], check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((here/"judged"/"report.json").read_text())
-    return {line["eye"].split("@")[0]: {"fd": line["value"], "floor": line["floor"]["mean"]}
-            for line in report["results"] if line["metric"] == "fd"}
+    return judge(here, EYES, "--samples", str(here/"samples.npy"), "--config", "fashion_mnist",
+                 "--data.root", root, "--image_size", str(side))
 
 
 def main(argv=None):
@@ -349,19 +353,23 @@ def main(argv=None):
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant: return make_one(args)
-    names = [OURS, *([*PEERS] if args.peers else []), *([*STUDY] if args.study else [])]
-    names = [n for n in names if not args.only or n.startswith(tuple(args.only))]
+    every = (OURS, *PEERS, *STUDY)
+    names = [OURS, *(PEERS if args.peers else ()), *(STUDY if args.study else ())]
+    if args.only: names = [name for name in every if name.startswith(tuple(args.only))]
+    if not names: parser.error(f"--only: found {', '.join(args.only)}; allowed are beginnings of "
+                               f"{'; '.join(every)}")
     rows = []
     for name in names:
         here = made(name, args)
-        rows.append({"name": name} | json.loads((here/"facts.json").read_text()) |
-                    {"fd": judged(here, args.root)})
+        facts = json.loads((here/"facts.json").read_text())
+        rows.append({"name": name, **facts, "fd": judged(here, args.root)})
+        del rows[-1]["asked"]
         say(rows[-1])
         (args.out/"quality.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def say(row: dict) -> None:
-    fd = "  ".join(f"{name} {found['fd']:.3g} ({found['fd']/found['floor']:.0f} ×)"
+    fd = "  ".join(f"{name} {found['fd']:.3g} ({found['ratio']:.0f} ×)"
                    for name, found in row["fd"].items())
     print(f"{row['name']:<42}{row['parameters']/1e6:>6.2f} M {row['steps']:>6} steps of "
           f"{row['batch']:<4}{row['seconds']:>5.0f} s   FD {fd}", flush=True)

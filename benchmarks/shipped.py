@@ -11,7 +11,6 @@ each way, the table says by how many grey levels of 255 an image differs at most
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,12 +36,16 @@ def time_command(name: str, threads: int) -> tuple[float, float]:
     code = "import sys; from diffusion_model.cli import sample_command; sys.exit(sample_command())"
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, "--checkpoint", name, "--num_samples", "64",
-                        "--output_dir", folder], check=True, stdout=subprocess.DEVNULL,
-                       env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--checkpoint", name, "--num_samples", "64",
+             "--output_dir", folder], stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        _, status, used = os.wait4(process.pid, 0)  # of this child alone
+        process.returncode = os.waitstatus_to_exitcode(status)
         took = time.perf_counter() - start
+    if process.returncode: sys.exit(f"{name}: diffusion-sample failed")
     kb = 1 if sys.platform == "darwin" else 1024
-    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss*kb/1e9
+    return took, used.ru_maxrss*kb/1e9
 
 
 def draw(name: str, threads: int, batch: int, onednn: bool) -> np.ndarray:

@@ -42,10 +42,18 @@ lever.
 {speed}"""
 
 
+def read_card(folder: Path) -> dict:
+    "The facts of a card."
+    return yaml.safe_load((folder/"README.md").read_text("utf-8").split("---\n")[1])
+
+
+def counted(n: int, word: str) -> str: return f"{n} {word}" + "s"*(n != 1)
+
+
 def cards(root: Path) -> dict[str, dict]:
     "The facts of each model's card."
     found = sorted((root/"diffusion_model"/"models").glob("*/README.md"))
-    return {p.parent.name: yaml.safe_load(p.read_text("utf-8").split("---\n")[1]) for p in found}
+    return {p.parent.name: read_card(p.parent) for p in found}
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -126,11 +134,11 @@ def record(folder: Path, kind: str) -> tuple[list[list[str]], str]:
         best = min(theirs, key=lambda row: row["seconds"])
         more = "" if best is shipped else f", {ratio(ours, best):.2f} × at its best"
         preset = " (the preset with a patch stem)" if ours["name"] == OURS[1] else ""
-        many = f"{size['batch']} image" + "s"*(size["batch"] != 1)
+        many = counted(size["batch"], "image")
         rows.append([f"{WORK[kind]}, {many}, {ours['parameters']/1e6:.2f} M parameters{preset}",
                      f"{ratio(ours, shipped):.2f} × diffusers as shipped{more}", "`make bench`"])
     m = said["machine"]
-    threads = f"{m['threads']} thread" + "s"*(m["threads"] != 1)
+    threads = counted(m["threads"], "thread")
     return rows, f"{m['gpu'] or m['cpu']}, {threads}, diffusers {m['versions']['diffusers']}"
 
 
@@ -148,7 +156,7 @@ def speed(found: dict[str, dict], measured: Path) -> str:
 def text(root: Path) -> str:
     "The cell."
     found = cards(root)
-    alt = "Pictures that the models drew, a row for each: " + ", ".join(found)
+    alt = "Pictures that the models drew, one model below the other: " + ", ".join(found)
     if read := [name for name, card in found.items() if card["prompts"]]:
         alt += f"; beside those of {', '.join(read)} stands the prompt"
     commands = "\n".join(draw(name, card) for name, card in found.items())

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import ship
+from shrink import in_256_colours
 from diffusion_model.checkpoint import load_checkpoint
 from diffusion_model.config import list_models
 from diffusion_model.generation import load_denoiser
@@ -60,7 +61,7 @@ def strip(name: str, images, prompts: list[str] = ()) -> Image.Image:  # images:
 def stacked(strips: list[Image.Image]) -> Image.Image:
     "One below the other, in 256 colours."
     page = np.concatenate([np.asarray(strip) for strip in strips])
-    return Image.fromarray(page).quantize(256, dither=Image.Dither.NONE)
+    return in_256_colours(Image.fromarray(page))
 
 
 def main(argv: list[str] = None) -> None:
@@ -70,6 +71,8 @@ def main(argv: list[str] = None) -> None:
     parser.add_argument("--out", type=Path, default=FILE, help=f"default: {FILE.name}")
     args = parser.parse_args(argv)
     strips, noted, shipped = [], {}, list_models()
+    if args.model and args.out == FILE: parser.error(
+        f"--out: needed with {args.model[0]}, since {FILE.name} shows all that are shipped")
     for model in args.model or shipped:
         card = ship.read_card(shipped[model]) if model in shipped else {"prompts": []}
         prompts = (args.prompt or card["prompts"])[:MOST]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from front import counted, read_card
 from torch import Tensor
 
 from diffusion_model import cli
@@ -31,6 +32,7 @@ from diffusion_model.config import Config, DataConfig, change_config
 from diffusion_model.denoiser import Denoiser
 from diffusion_model.generation import generate, load_denoiser
 from diffusion_model.plotting import save_grid
+from diffusion_model.tracking import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT/"diffusion_model"/"models"
@@ -69,8 +71,8 @@ def cleaned(cfg: Config, name: str) -> Config:
 def draw(denoiser: Denoiser, n: int, prompts: list[str] = (), **sampling) -> Tensor:  # uint8
     "Images of seed 0, as `diffusion-sample` draws them: of all classes in turn, or of the prompts."
     cfg, kinds = denoiser.config, cli._kinds(denoiser)
-    text = next((name for name, kind in kinds.items() if kind.kind == "text"), None)
-    asked = {text: ("--prompt", list(prompts))} if prompts else {}
+    asked = {cli._the("text", "caption", kinds, "--prompt", "was trained without captions"):
+             ("--prompt", list(prompts))} if prompts else {}
     found = cli._conditions(asked, kinds, denoiser, n, cfg)
     stream = generate(denoiser, n, cli._condition(denoiser, found, n),
                       sampling=cfg.sampling.model_copy(update=sampling))
@@ -91,16 +93,15 @@ def without_paths(words: list[str]) -> str:
 
 def started(run: Path) -> dict:
     "What a run's records say of how it was made: nothing where it was resumed, or they are gone."
-    rows = [json.loads(line) for line in (run/"starts.jsonl").read_text().splitlines()] \
-        if (run/"starts.jsonl").is_file() else []
-    if len(rows) != 1: return {}
+    file, ended = run/"starts.jsonl", read_status(run).get("updated")
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if len(rows) != 1 or not ended: return {}
     (row,), words = rows, rows[0]["command"]
-    ended = json.loads((run/"status.json").read_text())["updated"]
     took = datetime.fromisoformat(ended) - datetime.fromisoformat(row["started"])
     named = [b for a, b in zip(words, words[1:]) if a == "--config"] + \
         [word.partition("=")[2] for word in words if word.startswith("--config=")]
     return {"command": without_paths(words), "minutes": round(took.total_seconds()/60, 1),
-            "device": f"{row['device']}, {row['threads']} thread" + "s"*(row["threads"] != 1),
+            "device": f"{row['device']}, {counted(row['threads'], 'thread')}",
             **({"config": Path(named[0]).stem} if named else {})}
 
 
@@ -181,18 +182,13 @@ def write_card(facts: dict) -> str:
     more = {"yaml": yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), "rows": rows,
             "mb": facts["bytes"]/1e6, "kept": KEPT, "kind": r["kind"], "share": r["share"],
             "words": f" --prompt {shlex.quote(one[0])}" if one else "",
-            "grey": f"{grey} grey level" + "s"*(grey != 1),
+            "grey": counted(grey, "grey level"),
             "zeroed": f"{lost:,} of them were too small to be told from 0" if lost
             else "none was too small for it"}
     return TEMPLATE.format(**facts | more)
 
 
-def read_card(folder: Path) -> dict:
-    "The facts of a card."
-    return yaml.safe_load((folder/"README.md").read_text("utf-8").split("---\n")[1])
-
-
-def write_model(run: Path, checkpoint: Checkpoint, folder: Path, name: str, kind: str) -> int:
+def write_model(checkpoint: Checkpoint, folder: Path, name: str, kind: str) -> int:
     "The checkpoint with rounded weights alone, as `folder`; how many of them are 0 now."
     main = checkpoint.weights("ema" if "ema" in checkpoint.emas else "model")
     others = {n: rounded(checkpoint.weights(n), kind) for n in checkpoint.networks if n != "model"}
@@ -246,7 +242,7 @@ def ship(
         f"figures come from a report: diffusion-evaluate --checkpoint {run}, or --report FILE")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, name)
-        lost = write_model(run, checkpoint, folder, name, kind)
+        lost = write_model(checkpoint, folder, name, kind)
         facts |= tried(checkpoint, folder, kind, prompts)
         facts["rounding"]["zeroed"] = lost
         facts["bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"The benchmarks run, all of them, on networks so small that nothing is measured."
+"train.py and sample.py run, on networks so small that nothing is measured."
 import json, os, subprocess, sys
 from pathlib import Path
 

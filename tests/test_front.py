@@ -78,7 +78,7 @@ def test_a_model_that_reads_is_asked_by_its_first_prompt(tmp_path):
     (folder/"README.md").write_text(f"---\n{said}---\n# x\n")
     text = front.text(tmp_path)
     assert "```sh\ndiffusion-sample --checkpoint x --prompt 'a red robot'\n```\n" in text
-    assert "![Pictures that the models drew, a row for each: x; beside those of x" in text
+    assert "(images/models.png)" in text and "below the other: x; beside those of x stands" in text
     assert text.startswith(front.MARK + "\n") and "diffusers" not in text
 
 

@@ -41,7 +41,7 @@ def test_names_at_the_top(name):
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'create_nothing'"):
         diffusion_model.create_nothing
-    with pytest.raises(AttributeError): diffusion_model._check_sizes
+    with pytest.raises(AttributeError): diffusion_model._check_finite  # of generation
 
 
 def test_a_name_means_one_thing():
