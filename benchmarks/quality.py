@@ -306,7 +306,7 @@ def folder(out: Path, name: str) -> Path:
 def asked(name: str, args) -> list:
     "What a variant's samples depend on, apart from this file."
     from diffusion_model.config import load_config
-    fields = {} if name in PEERS else load_config("fashion_mnist", STUDY.get(name)).model_dump()
+    fields = {} if name in PEERS else load_config("fashion_mnist", STUDY.get(name, {})).model_dump()
     return json.loads(json.dumps([args.seconds, args.samples, fields]))
 
 

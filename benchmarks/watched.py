@@ -105,8 +105,8 @@ def picture(rows: list, path: Path) -> None:
         fig.text(0, (top + len(strip)/2)/high, row[0], size=10, va="center")
     fig.canvas.draw()
     pixels = Image.frombuffer("RGBA", fig.canvas.get_width_height(), fig.canvas.buffer_rgba())
-    pixels.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        path, "PNG", optimize=True)
+    pixels = pixels.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    pixels.save(path, "PNG", optimize=True)
     plt.close(fig)
     print(f"{path}: {pixels.width} x {pixels.height} pixels, {path.stat().st_size:,} bytes")
 

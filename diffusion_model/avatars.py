@@ -224,7 +224,7 @@ def draw_avatars(
     among: list[Look] | None = None,  # what is drawn, in turn; None: what training draws
     told: Callable[[int], Any] | None = None,  # is told of each image that is done
 ) -> Tensor:                 # uint8 (n, 3, image_size, image_size)
-    "Draw images: each is a function of (seed, index) alone; about 2 ms each at 32 pixels."
+    "Draw images: each is a function of (seed, index) alone; a few ms each at 32 pixels."
     among, images = looks() if among is None else among, []
     for i in torch.as_tensor(indices).tolist():
         images.append(draw_look(among[i % len(among)], f"{seed}/{i}", image_size))

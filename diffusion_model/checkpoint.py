@@ -485,7 +485,7 @@ def _no_checkpoint(path: Path) -> Exception:
                              + say_models(path))
 
 # %% ../nbs/27_checkpoint.ipynb #bf2d6121
-def _newest_valid(path: Path, files, contents: bool, best: bool) -> Path:
+def _newest_valid(path: Path, contents: bool, best: bool) -> Path:
     "The newest (or best) valid checkpoint of a run, with a warning of those that are not."
     if not (found := list_checkpoints(path)): raise _no_checkpoint(path)
     if best and not (found := _ranked(found)): raise CheckpointError(
@@ -493,7 +493,7 @@ def _newest_valid(path: Path, files, contents: bool, best: bool) -> Path:
         "take the newest, or train with logging.validate_every")
     reasons = []
     for folder in reversed(found):
-        try: verify_checkpoint(folder, files, contents)
+        try: verify_checkpoint(folder, contents=contents)
         except CheckpointError as error:
             if not folder.is_dir(): raise _Vanished(str(error)) from None
             reasons.append(str(error))
@@ -512,7 +512,6 @@ def _patiently(read: Callable, tries: int = 10):
 # %% ../nbs/27_checkpoint.ipynb #28898cbf
 def find_checkpoint(
     path: str | Path,       # a run, its checkpoints directory, a step, or a shipped model's name
-    files: Collection[str] = None,  # names of the files that must be valid; default: all
     contents: bool = True,  # False: compare sizes only
     best: bool = False,     # of a run, the one with the lowest score instead of the newest
 ) -> Path:                  # the step directory
@@ -521,11 +520,11 @@ def find_checkpoint(
     if path.is_dir() and path.suffix == ".tmp":
         raise CheckpointError(f"{path} was left by an interrupted save: use {path.parent}")
     if not path.is_dir() or not (_STEP.fullmatch(path.name) or (path/"manifest.json").is_file()):
-        return _patiently(partial(_newest_valid, path, files, contents, best))
+        return _patiently(partial(_newest_valid, path, contents, best))
     run = f"pass {path.parent}, or "*bool(_STEP.fullmatch(path.name))
     if best: raise CheckpointError(
         f"{path} is one step, and the best is one of a run's: {run}leave best=True out")
-    verify_checkpoint(path, files, contents)
+    verify_checkpoint(path, contents=contents)
     return path
 
 # %% ../nbs/27_checkpoint.ipynb #686f42c9

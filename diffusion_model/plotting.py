@@ -128,7 +128,7 @@ def save_film(
     "Write frames as an animated GIF."
     from PIL import Image
     pictures = [Image.fromarray(image_grid(f, ncol).repeat(scale, 0).repeat(scale, 1))
-                .quantize(64, dither=Image.Dither.NONE) for f in frames]
+                .quantize(64, kmeans=1, dither=Image.Dither.NONE) for f in frames]
     times = [1000//fps]*(len(pictures) - 1) + [int(hold*1000)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
     return Path(path)

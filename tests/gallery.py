@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import ship
-from shrink import in_256_colours
 from diffusion_model.checkpoint import load_checkpoint
 from diffusion_model.config import list_models
 from diffusion_model.generation import load_denoiser
@@ -61,7 +60,7 @@ def strip(name: str, images, prompts: list[str] = ()) -> Image.Image:  # images:
 def stacked(strips: list[Image.Image]) -> Image.Image:
     "One below the other, in 256 colours."
     page = np.concatenate([np.asarray(strip) for strip in strips])
-    return in_256_colours(Image.fromarray(page))
+    return Image.fromarray(page).quantize(256, kmeans=1, dither=Image.Dither.NONE)
 
 
 def main(argv: list[str] = None) -> None:

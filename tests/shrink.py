@@ -9,18 +9,14 @@ from PIL import Image
 from pages import NOTEBOOKS
 
 
-def in_256_colours(image: Image.Image) -> Image.Image:
-    "With the palette that comes nearest to every colour, also to those of a few pixels."
-    return image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-
-
 def shrunk(picture: str) -> str:
     "A PNG in base64, with a palette where that makes it smaller."
     before = base64.b64decode(picture)
     image = Image.open(io.BytesIO(before))
     if image.mode == "P": return picture
     after = io.BytesIO()
-    in_256_colours(image).save(after, "PNG", optimize=True)
+    palette = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    palette.save(after, "PNG", optimize=True)
     if after.tell() >= len(before): return picture
     end = "\n" if picture.endswith("\n") else ""
     return base64.b64encode(after.getvalue()).decode() + end

@@ -1,14 +1,23 @@
 "train.py and sample.py run, on networks so small that nothing is measured."
 import json, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
+
+from diffusion_model.config import load_config
+from diffusion_model.dataset import create_dataset, sample_indices
+from diffusion_model.pixels import to_uint8
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"benchmarks"))
 
+import quality
 import train
 import turns
+import watched
 
 
 def smoke(script, folder, *more):
@@ -76,3 +85,44 @@ def test_ratios_are_of_the_rounds():
     class Fake:
         def __init__(self, *seconds): self.seconds = list(seconds)
     assert turns.ratio(Fake(1, 2, 1), Fake(3, 6, 3)) == 3
+
+
+def test_watched_shows_the_nearest_image_of_those_the_run_has_seen(tmp_path):
+    cfg = load_config("quickstart", {"train_size": 64, "validation_size": 8, "test_size": 8})
+    trainer = SimpleNamespace(cfg=cfg, step=1, datasets=create_dataset(cfg.data))
+    seen = sample_indices(torch.arange(cfg.training.batch_size), 64, cfg.training.seed)
+    known = to_uint8(trainer.datasets.train.batch(seen[:3]).images)
+    found, distance = watched.nearest_seen(trainer, known)
+    assert torch.equal(found, known) and distance.eq(0).all()
+    unseen = torch.tensor(sorted({*range(64)} - {*seen.tolist()})[:3])
+    found, distance = watched.nearest_seen(
+        trainer, to_uint8(trainer.datasets.train.batch(unseen).images))
+    assert (distance > 5).all(), "an image that no step has seen is given as its own neighbour"
+
+
+def test_watched_draws_rows(tmp_path):
+    red = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    red[:, 0] = 255
+    watched.picture([("raw", red), None, ("averaged", red)], tmp_path/"rows.png")
+    page = Image.open(tmp_path/"rows.png").convert("RGB")
+    wide, high = 2*4*watched.ENLARGED, 4*watched.ENLARGED
+    assert page.width >= 96 + wide and page.height >= 2*high + 12
+    assert sum(n for n, colour in page.getcolors(page.width*page.height)
+               if colour == (255, 0, 0)) == 2*wide*high
+
+
+def test_each_change_of_the_study_changes_something():
+    shipped = load_config("fashion_mnist").model_dump()
+    for name, change in quality.STUDY.items():
+        assert load_config("fashion_mnist", change).model_dump() != shipped, name
+
+
+def test_quality_names_what_it_cannot_do(tmp_path, capsys):
+    words = ["--root", "data", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit): quality.main([*words, "--only", "nothing"])
+    assert "--only: found nothing; allowed are beginnings of the shipped config;" in \
+        capsys.readouterr().err
+    here = quality.folder(tmp_path, quality.OURS)
+    here.mkdir()
+    (here/"facts.json").write_text(json.dumps({"asked": [60, 2000, {}]}))
+    with pytest.raises(SystemExit, match="was made with other --seconds"): quality.main(words)
