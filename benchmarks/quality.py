@@ -233,7 +233,8 @@ PEERS = {  # name -> (what makes it, how it is trained)
     "smalldiffusion, its script": (
         partial(their_smalldiffusion, 64, False),
         dict(batch=64, lr=7e-4, average=growing(0.999), side=28)),
-    "smalldiffusion, its best": (partial(their_smalldiffusion, 32, True), BEST | dict(side=28)),
+    "smalldiffusion, its best": (
+        partial(their_smalldiffusion, 32, True), BEST | dict(side=28, guidance=3.)),
     "denoising-diffusion-pytorch, its defaults": (their_denoising_diffusion_pytorch, dict(
         batch=32, lr=8e-5, betas=(0.9, 0.99), average=growing(0.995))),
     "denoising-diffusion-pytorch, its best": (their_guided_diffusion, BEST),
