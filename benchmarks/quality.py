@@ -10,10 +10,10 @@ One command each:
     python benchmarks/quality.py --root DATA --out DIR --study          # what paid, one change each
 
 Peers are given their data from memory; no loader of theirs costs them time. Of each there are two:
-as its makers ship it (its script's or its defaults' network, loss, rate and solver; images flipped
-at random), and the best we found for it in this time: a smaller network, labels, guidance, no
-flips, a falling rate, an average that fits the length, bfloat16. Nothing of theirs that only costs
-is kept (no logging).
+as its makers ship it (its script's or its defaults' loss, rate and solver; images flipped at
+random; diffusers in a network small enough for this time), and the best we found for it: labels,
+guidance, no flips, a falling rate, an average that fits the length, bfloat16, for smalldiffusion a
+smaller network. Nothing of theirs that only costs is kept (no logging).
 
 A variant takes the seconds that it trains and some minutes to draw; --only names some of them, and
 what lies in DIR already is judged again, and not made again.
@@ -138,9 +138,9 @@ def peer(root: str, seconds: float, samples: int, make, batch: int, lr: float, r
     trained = clock.used()*seconds
     network.load_state_dict(mean.module.state_dict())
     network.eval()
-    asked = torch.arange(samples) % CLASSES
+    wishes = torch.arange(samples) % CLASSES
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-        drawn = torch.cat([theirs.draw(y, guidance).float() for y in asked.split(100)])
+        drawn = torch.cat([theirs.draw(y, guidance).float() for y in wishes.split(100)])
     return to_uint8(drawn), {"steps": steps, "batch": batch, "seconds": trained,
                              "parameters": sum(p.numel() for p in network.parameters())}
 
